@@ -1,0 +1,236 @@
+/* q_galore.h - the public C interface: quantised low-rank projection, 8-bit Adam, INT8 weights with stochastic rounding.
+ *
+ * Conventions
+ *   - Every function returns a qg_status; qg_last_error() holds the sentence of this thread's last failure.
+ *   - Nothing here allocates, prints, synchronises or keeps state. Scratch memory comes from the caller; its size is
+ *     asked for first.
+ *   - Arrays are row-major and contiguous. Sizes and indices are int64_t, byte counts size_t. An empty array (a size of
+ *     zero) is a success that touches nothing; its pointer may be NULL. Pointers need only the alignment of their type.
+ *   - Inputs and outputs must not overlap unless a comment says they may.
+ *   - Element-wise results are the same bits for every SIMD level, thread count and device. GEMM sums are only close.
+ */
+#ifndef Q_GALORE_H
+#define Q_GALORE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define QG_VERSION "2.0.0.dev0"
+
+typedef enum qg_status {
+    QG_SUCCESS = 0,
+    QG_INVALID_ARGUMENT = 1,
+    QG_UNSUPPORTED = 2,
+    QG_OUT_OF_MEMORY = 3,
+    QG_CUDA = 4,
+    QG_INTERNAL = 5
+} qg_status;
+
+/* Storage formats. A number never changes its meaning. */
+typedef enum qg_format {
+    QG_FLOAT32 = 0,
+    QG_BFLOAT16 = 1,
+    QG_FLOAT16 = 2,
+    QG_INT8 = 16,    /* affine, one byte a value */
+    QG_INT4 = 17,    /* affine, two values a byte, the even index in the low nibble; projector only */
+    QG_DYNAMIC8 = 32 /* 8-bit dynamic map with one absmax a block; moments only: exp_avg signed, exp_avg_sq unsigned */
+} qg_format;
+
+/* Which side of the gradient is projected (m x n weight, rank r). */
+typedef enum qg_side {
+    QG_RIGHT = 0, /* P is r x n, R = P G^T is r x m, U = N^T P */
+    QG_LEFT = 1   /* P is r x m, R = P G   is r x n, U = P^T N */
+} qg_side;
+
+typedef enum qg_simd { QG_SIMD_SCALAR = 0, QG_SIMD_AVX2 = 1, QG_SIMD_AVX512 = 2 } qg_simd;
+
+const char *qg_version(void);
+const char *qg_status_string(qg_status status);
+const char *qg_last_error(void);
+
+/* ---------------------------------------------------------------- objects */
+
+/* A weight matrix, rows x cols (a vector is 1 x n). FLOAT32, BFLOAT16, FLOAT16, or INT8 in groups of `group_size`
+ * consecutive elements: w = scales[g] * (codes[i] - zeros[g]). scales and zeros are NULL unless the format is INT8. */
+typedef struct qg_weight {
+    void *data;
+    float *scales;   /* [ceil(rows cols / group_size)] */
+    int16_t *zeros;  /* [ceil(rows cols / group_size)] */
+    int64_t rows;
+    int64_t cols;
+    int32_t group_size;
+    qg_format format;
+} qg_weight;
+
+/* Adam's two moments of a rows x cols array. FLOAT32, or DYNAMIC8 with one absmax for each `block` elements of a row;
+ * a block never crosses a row. absmax arrays are NULL for FLOAT32. */
+typedef struct qg_moments {
+    void *exp_avg;
+    void *exp_avg_sq;
+    float *exp_avg_absmax;    /* [rows, ceil(cols / block)] */
+    float *exp_avg_sq_absmax; /* [rows, ceil(cols / block)] */
+    int32_t block;
+    qg_format format;
+} qg_moments;
+
+/* A projector: `rank` basis vectors of length `dim`, one a row. FLOAT32, or INT8 / INT4 in blocks of `block` elements of
+ * a row (a block never crosses a row, the last one may be short): value = scales[b] * (code - zeros[b]). Each INT4 row
+ * starts on a byte: ceil(dim / 2) bytes. */
+typedef struct qg_projector {
+    void *codes;
+    uint16_t *scales; /* [rank, ceil(dim / block)], bfloat16 bits */
+    uint8_t *zeros;   /* [rank, ceil(dim / block)] */
+    int64_t rank;
+    int64_t dim;
+    int32_t block;
+    qg_format format;
+} qg_projector;
+
+/* ---------------------------------------------------------------- linear algebra, supplied by the caller */
+
+/* c = a b with a: m x k, b: k x n, c: m x n, element (i, j) of x at x[i * x_row_stride + j * x_col_stride]; c has unit
+ * column stride. All three are FLOAT32 or all three BFLOAT16 (accumulated in float32). */
+typedef struct qg_linalg {
+    uint32_t struct_size;
+    void *context;
+    qg_status (*gemm)(
+        void *context,
+        qg_format format,
+        int64_t m,
+        int64_t n,
+        int64_t k,
+        const void *a,
+        int64_t a_row_stride,
+        int64_t a_col_stride,
+        const void *b,
+        int64_t b_row_stride,
+        int64_t b_col_stride,
+        void *c,
+        int64_t c_row_stride);
+} qg_linalg;
+
+/* The kernels of one device at one SIMD level (csrc/core/backend.h). Opaque to callers. */
+typedef struct qg_backend qg_backend;
+
+/* The best SIMD level that this CPU and this build have. */
+qg_simd qg_cpu_best_simd(void);
+
+/* The CPU kernels at `level`; UNSUPPORTED if this CPU or build does not have it. */
+qg_status qg_cpu_backend(qg_simd level, const qg_backend **backend);
+
+/* ---------------------------------------------------------------- noise */
+
+/* out[i] = the 24-bit uniform integer of element start + i: a function of (seed, id, step, element) alone. */
+qg_status qg_noise(
+    int32_t *out,   /* [count] */
+    uint64_t seed,
+    uint32_t id,
+    uint64_t step,
+    int64_t start,
+    int64_t count,
+    const qg_backend *backend);
+
+/* ---------------------------------------------------------------- formats */
+
+/* Encode `source` (source_format: FLOAT32, BFLOAT16 or FLOAT16; same shape) as the INT8 weight, rounding to nearest.
+ * A value that is not finite: INVALID_ARGUMENT, and nothing is written. */
+qg_status qg_int8_quantize(const qg_weight *weight, const void *source, qg_format source_format, const qg_backend *backend);
+
+/* Decode an INT8 weight to `target` (FLOAT32, BFLOAT16 or FLOAT16, rounded to nearest even). */
+qg_status qg_int8_dequantize(const qg_weight *weight, void *target, qg_format target_format, const qg_backend *backend);
+
+/* Encode float32 basis vectors [rank, dim]. A value that is not finite: INVALID_ARGUMENT, and nothing is written. */
+qg_status qg_projector_quantize(const qg_projector *projector, const float *source, const qg_backend *backend);
+
+/* Decode basis vectors [rank, dim] to FLOAT32 or BFLOAT16. */
+qg_status qg_projector_dequantize(const qg_projector *projector, void *target, qg_format target_format, const qg_backend *backend);
+
+/* Encode float32 [rows, cols] to the dynamic map (nearest entry, ties to the lower code), one absmax a block of a row. */
+qg_status qg_dynamic8_quantize(
+    uint8_t *codes,  /* [rows, cols] */
+    float *absmax,   /* [rows, ceil(cols / block)] */
+    const float *source,
+    int64_t rows,
+    int64_t cols,
+    int32_t block,
+    int is_signed,
+    const qg_backend *backend);
+
+qg_status qg_dynamic8_dequantize(
+    float *target,   /* [rows, cols] */
+    const uint8_t *codes,
+    const float *absmax,
+    int64_t rows,
+    int64_t cols,
+    int32_t block,
+    int is_signed,
+    const qg_backend *backend);
+
+/* out = max |source[i]|, +infinity if any element is not finite, 0 for count == 0. FLOAT32, BFLOAT16 or FLOAT16. */
+qg_status qg_absmax(float *out, const void *source, qg_format source_format, int64_t count, const qg_backend *backend);
+
+/* ---------------------------------------------------------------- steps */
+
+typedef struct qg_step_params {
+    uint32_t struct_size;
+    int32_t stochastic_round; /* 0 or 1; INT8 and BFLOAT16 weights */
+    double lr;
+    double beta1;
+    double beta2;
+    double eps;
+    double weight_decay;
+    double scale;             /* alpha of the back-projected update; adam8 uses it too (1 for ordinary parameters) */
+    uint64_t seed;
+    qg_format gemm_format;    /* FLOAT32 or BFLOAT16; galore only */
+} qg_step_params;
+
+/* One parameter of a step. `gradient` has the weight's shape (grad_format FLOAT32, BFLOAT16 or FLOAT16) or, for a
+ * galore step with low_rank_gradient, R's shape (r x k). The moments have the weight's shape for adam8 (rows x cols:
+ * blocks run along the row-major vector when rows == 1), R's shape for galore. The step counts start at 1 and already
+ * count this step. */
+typedef struct qg_step_task {
+    qg_weight weight;
+    qg_moments moments;
+    qg_projector projector;   /* galore only */
+    const void *gradient;
+    qg_format grad_format;
+    qg_side side;             /* galore only */
+    int32_t low_rank_gradient;
+    uint32_t id;              /* noise: the parameter's number */
+    int64_t noise_step;       /* noise: the step of that parameter */
+    int64_t bias_step;        /* bias correction: updates since the moments were last reset */
+    int64_t *stats;           /* [2] or NULL: groups shifted, groups re-ranged are added here (INT8 weights) */
+} qg_step_task;
+
+/* Scratch for a list of tasks: the largest task's need, not the sum. */
+qg_status qg_adam8_scratch_size(const qg_step_task *tasks, int64_t count, const qg_step_params *params, size_t *bytes);
+qg_status qg_galore_scratch_size(const qg_step_task *tasks, int64_t count, const qg_step_params *params, size_t *bytes);
+
+/* AdamW on each task's weight: moments updated from the gradient, then W <- W (1 - lr wd) - lr scale N.
+ * Every task is checked before the first one is run. The gradients must be finite with |g| <= 1e18 (qg_absmax). */
+qg_status qg_adam8_step(
+    const qg_step_task *tasks,
+    int64_t count,
+    const qg_step_params *params,
+    void *scratch,
+    size_t scratch_size,
+    const qg_backend *backend);
+
+/* Projected AdamW: R from the gradient (or given), Adam on R, W <- W (1 - lr wd) - lr scale U. As above. */
+qg_status qg_galore_step(
+    const qg_step_task *tasks,
+    int64_t count,
+    const qg_step_params *params,
+    void *scratch,
+    size_t scratch_size,
+    const qg_backend *backend,
+    const qg_linalg *linalg);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
