@@ -207,7 +207,12 @@ typedef struct qg_step_task {
 } qg_step_task;
 
 /* Scratch for a list of tasks: the largest task's need, not the sum. */
-qg_status qg_adam8_scratch_size(const qg_step_task *tasks, int64_t count, const qg_step_params *params, size_t *bytes);
+qg_status qg_adam8_scratch_size(
+    const qg_step_task *tasks,
+    int64_t count,
+    const qg_step_params *params,
+    const qg_backend *backend,
+    size_t *bytes);
 qg_status qg_galore_scratch_size(const qg_step_task *tasks, int64_t count, const qg_step_params *params, size_t *bytes);
 
 /* AdamW on each task's weight: moments updated from the gradient, then W <- W (1 - lr wd) - lr scale N.

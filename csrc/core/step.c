@@ -1,0 +1,529 @@
+/* step.c - one optimizer step for a list of parameters, written once for every device.
+ *
+ *   adam8   W <- W (1 - lr wd) - lr N                  N = Adam(G)
+ *   galore  W <- W (1 - lr wd) - lr scale U            N = Adam(R), R = P G^T (right) or P G (left), or given
+ *                                                      U = N^T P (right) or P^T N (left)
+ *
+ * Memory is kept below one byte a weight by tiling over rows of W. On the right a tile of W needs only its own columns
+ * of R, so R and N exist one tile at a time beside the decoded basis. On the left every tile needs all of N, but only its
+ * own columns of P, so the basis is decoded piece by piece.
+ */
+#include <math.h>
+#include <stdint.h>
+
+#include "core/backend.h"
+#include "core/status.h"
+
+enum {
+    TILE_ROWS = 256,     /* rows of W updated at a time, before alignment to blocks and groups */
+    BASIS_ROWS = 128,    /* basis vectors decoded at a time when projecting on the left */
+    CHUNK_ELEMENTS = 4096, /* elements of an unprojected weight that one thread handles at a time, before alignment */
+    ALIGNMENT = 64
+};
+
+/* ---------------------------------------------------------------- coefficients */
+
+static qg_adam_coefficients adam_coefficients(const qg_step_params *params, int64_t t) {
+    return (qg_adam_coefficients){
+        .beta1 = (float)params->beta1,
+        .one_minus_beta1 = (float)(1.0 - params->beta1),
+        .beta2 = (float)params->beta2,
+        .one_minus_beta2 = (float)(1.0 - params->beta2),
+        .bias1 = (float)(1.0 / (1.0 - pow(params->beta1, t))),
+        .bias2 = (float)(1.0 / sqrt(1.0 - pow(params->beta2, t))),
+        .eps = (float)params->eps,
+    };
+}
+
+static qg_update_coefficients update_coefficients(const qg_step_params *params) {
+    return (qg_update_coefficients){
+        .keep = (float)(1.0 - params->lr * params->weight_decay),
+        .decay = (float)(params->lr * params->weight_decay),
+        .rate = (float)(params->lr * params->scale),
+        .stochastic = params->stochastic_round,
+    };
+}
+
+static qg_noise_stream noise_stream(const qg_step_params *params, const qg_step_task *task) {
+    return (qg_noise_stream){.seed = params->seed, .step = (uint64_t)task->noise_step, .id = task->id};
+}
+
+/* ---------------------------------------------------------------- sizes */
+
+static int64_t gcd(int64_t a, int64_t b) {
+    while (b != 0) {
+        int64_t rest = a % b;
+        a = b;
+        b = rest;
+    }
+    return a;
+}
+
+/* The smallest multiple of both steps that is at least `least`. */
+static int64_t common_multiple(int64_t a, int64_t b, int64_t least) {
+    int64_t lcm = a / gcd(a, b) * b;
+    return (least + lcm - 1) / lcm * lcm;
+}
+
+static int64_t smaller(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static size_t format_bytes(qg_format format) {
+    return format == QG_FLOAT32 ? 4 : 2;
+}
+
+static size_t aligned(size_t bytes) {
+    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+static int64_t moment_block(const qg_moments *moments) {
+    return moments->format == QG_DYNAMIC8 ? moments->block : 1;
+}
+
+static int64_t weight_group(const qg_weight *weight) {
+    return weight->format == QG_INT8 ? weight->group_size : 1;
+}
+
+static int64_t adam8_chunk(const qg_step_task *task) {
+    return common_multiple(moment_block(&task->moments), weight_group(&task->weight), CHUNK_ELEMENTS);
+}
+
+/* Sizes and scratch offsets of one projected step. */
+typedef struct plan {
+    int64_t rank;
+    int64_t dim;       /* length of a basis vector */
+    int64_t other;     /* k: columns of R */
+    int64_t tile_rows; /* rows of W at a time */
+    size_t basis;      /* offset: decoded basis, all of it (right) or a piece (left), in the GEMM's format */
+    size_t normalised; /* offset: N float32, a tile's columns (right) or all (left) */
+    size_t rounded;    /* offset: R, then N, in bfloat16; only with bfloat16 GEMMs */
+    size_t tile;       /* offset: the tile of U; before it, the cast tile of G */
+    size_t bytes;
+} plan;
+
+static plan make_plan(const qg_step_task *task, const qg_step_params *params) {
+    const qg_weight *weight = &task->weight;
+    int right = task->side == QG_RIGHT;
+    plan p = {
+        .rank = task->projector.rank,
+        .dim = right ? weight->cols : weight->rows,
+        .other = right ? weight->rows : weight->cols,
+    };
+    int64_t group = weight_group(weight);
+    int64_t group_rows = group / gcd(group, weight->cols); /* so many rows end at a group's end */
+    int64_t block_rows = right ? moment_block(&task->moments) : 1;
+    p.tile_rows = smaller(common_multiple(block_rows, group_rows, TILE_ROWS), weight->rows);
+
+    size_t element = format_bytes(params->gemm_format);
+    int64_t basis_elements = p.rank * p.dim;
+    if (!right) {
+        int64_t slice = p.rank * p.tile_rows;
+        int64_t piece = smaller(p.rank, BASIS_ROWS) * p.dim;
+        basis_elements = slice > piece ? slice : piece;
+    }
+    int64_t normalised_elements = p.rank * (right ? p.tile_rows : p.other);
+    p.basis = 0;
+    p.normalised = p.basis + aligned((size_t)basis_elements * element);
+    p.rounded = p.normalised + aligned((size_t)normalised_elements * 4);
+    p.tile = p.rounded + (params->gemm_format == QG_FLOAT32 ? 0 : aligned((size_t)normalised_elements * element));
+    int64_t tile_elements = p.tile_rows * weight->cols;
+    if (tile_elements < p.dim) {
+        tile_elements = p.dim; /* one cast column of G */
+    }
+    p.bytes = p.tile + aligned((size_t)tile_elements * element) + ALIGNMENT;
+    return p;
+}
+
+/* ---------------------------------------------------------------- checks */
+
+static qg_status check_params(const qg_step_params *params) {
+    if (params == NULL || params->struct_size != sizeof *params) {
+        return qg_fail(QG_INVALID_ARGUMENT, "params: expected a qg_step_params with struct_size %zu", sizeof *params);
+    }
+    if (!(params->beta1 >= 0.0 && params->beta1 < 1.0) || !(params->beta2 >= 0.0 && params->beta2 < 1.0)) {
+        return qg_fail(QG_INVALID_ARGUMENT, "betas: expected [0, 1), got (%g, %g)", params->beta1, params->beta2);
+    }
+    double rate = params->lr * params->scale;
+    double decay = params->lr * params->weight_decay;
+    if (!(rate - rate == 0.0) || !(decay - decay == 0.0) || !(params->eps >= 0.0)) {
+        return qg_fail(QG_INVALID_ARGUMENT, "lr, scale, weight_decay and eps must be finite and eps >= 0, got %g, %g, %g, %g",
+                       params->lr, params->scale, params->weight_decay, params->eps);
+    }
+    return QG_SUCCESS;
+}
+
+static qg_status check_weight(const qg_weight *weight, int64_t index) {
+    if (weight->rows < 0 || weight->cols < 0) {
+        return qg_fail(QG_INVALID_ARGUMENT, "weight %lld: expected sizes >= 0, got %lld x %lld", (long long)index,
+                       (long long)weight->rows, (long long)weight->cols);
+    }
+    if (weight->rows == 0 || weight->cols == 0) {
+        return QG_SUCCESS;
+    }
+    if (weight->data == NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "weight %lld: data is NULL", (long long)index);
+    }
+    switch (weight->format) {
+    case QG_FLOAT32:
+    case QG_BFLOAT16:
+    case QG_FLOAT16:
+        return QG_SUCCESS;
+    case QG_INT8:
+        if (weight->group_size < 1 || weight->scales == NULL || weight->zeros == NULL) {
+            return qg_fail(QG_INVALID_ARGUMENT, "weight %lld: INT8 needs scales, zeros and group_size >= 1, got %d",
+                           (long long)index, (int)weight->group_size);
+        }
+        return QG_SUCCESS;
+    default:
+        return qg_fail(QG_UNSUPPORTED, "weight %lld: format %d cannot be trained", (long long)index, (int)weight->format);
+    }
+}
+
+static qg_status check_moments(const qg_moments *moments, int64_t index) {
+    if (moments->exp_avg == NULL || moments->exp_avg_sq == NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "moments %lld: exp_avg or exp_avg_sq is NULL", (long long)index);
+    }
+    switch (moments->format) {
+    case QG_FLOAT32:
+        return QG_SUCCESS;
+    case QG_DYNAMIC8:
+        if (moments->block < 1 || moments->exp_avg_absmax == NULL || moments->exp_avg_sq_absmax == NULL) {
+            return qg_fail(QG_INVALID_ARGUMENT, "moments %lld: DYNAMIC8 needs both absmax arrays and block >= 1, got %d",
+                           (long long)index, (int)moments->block);
+        }
+        return QG_SUCCESS;
+    default:
+        return qg_fail(QG_UNSUPPORTED, "moments %lld: format %d holds no moments", (long long)index, (int)moments->format);
+    }
+}
+
+static qg_status check_projection(const qg_step_task *task, int64_t index) {
+    const qg_projector *projector = &task->projector;
+    if (task->side != QG_RIGHT && task->side != QG_LEFT) {
+        return qg_fail(QG_UNSUPPORTED, "task %lld: side %d is neither right (0) nor left (1)", (long long)index,
+                       (int)task->side);
+    }
+    int64_t dim = task->side == QG_RIGHT ? task->weight.cols : task->weight.rows;
+    if (projector->rank < 1 || projector->dim != dim || projector->codes == NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "projector %lld: expected rank >= 1 vectors of length %lld, got %lld of %lld",
+                       (long long)index, (long long)dim, (long long)projector->rank, (long long)projector->dim);
+    }
+    switch (projector->format) {
+    case QG_FLOAT32:
+        return QG_SUCCESS;
+    case QG_INT8:
+    case QG_INT4:
+        if (projector->block < 1 || projector->scales == NULL || projector->zeros == NULL) {
+            return qg_fail(QG_INVALID_ARGUMENT, "projector %lld: expected scales, zeros and block >= 1, got %d",
+                           (long long)index, (int)projector->block);
+        }
+        return QG_SUCCESS;
+    default:
+        return qg_fail(QG_UNSUPPORTED, "projector %lld: format %d holds no basis", (long long)index,
+                       (int)projector->format);
+    }
+}
+
+static int is_empty(const qg_step_task *task) {
+    return task->weight.rows == 0 || task->weight.cols == 0;
+}
+
+static qg_status check_task(const qg_step_task *task, int64_t index, int projected) {
+    qg_status status = check_weight(&task->weight, index);
+    if (status != QG_SUCCESS || is_empty(task)) {
+        return status;
+    }
+    if ((status = check_moments(&task->moments, index)) != QG_SUCCESS) {
+        return status;
+    }
+    if (task->gradient == NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "gradient %lld is NULL", (long long)index);
+    }
+    if (task->grad_format != QG_FLOAT32 && task->grad_format != QG_BFLOAT16 && task->grad_format != QG_FLOAT16) {
+        return qg_fail(QG_UNSUPPORTED, "gradient %lld: format %d is not a float format", (long long)index,
+                       (int)task->grad_format);
+    }
+    if (task->bias_step < 1 || task->noise_step < 0) {
+        return qg_fail(QG_INVALID_ARGUMENT, "task %lld: expected bias_step >= 1 and noise_step >= 0, got %lld and %lld",
+                       (long long)index, (long long)task->bias_step, (long long)task->noise_step);
+    }
+    return projected ? check_projection(task, index) : QG_SUCCESS;
+}
+
+static qg_status check_list(const qg_step_task *tasks, int64_t count, const qg_step_params *params, int projected) {
+    if (count < 0 || (count > 0 && tasks == NULL)) {
+        return qg_fail(QG_INVALID_ARGUMENT, "tasks: expected count >= 0 and a list, got %lld", (long long)count);
+    }
+    qg_status status = check_params(params);
+    for (int64_t i = 0; status == QG_SUCCESS && i < count; i++) {
+        status = check_task(&tasks[i], i, projected);
+    }
+    return status;
+}
+
+static qg_status check_scratch(const void *scratch, size_t have, size_t need) {
+    if (have < need || (need > 0 && scratch == NULL)) {
+        return qg_fail(QG_INVALID_ARGUMENT, "scratch: expected %zu bytes, got %zu", need, have);
+    }
+    return QG_SUCCESS;
+}
+
+/* ---------------------------------------------------------------- adam8 */
+
+qg_status qg_adam8_scratch_size(
+    const qg_step_task *tasks,
+    int64_t count,
+    const qg_step_params *params,
+    const qg_backend *backend,
+    size_t *bytes) {
+    qg_status status = check_list(tasks, count, params, 0);
+    if (status != QG_SUCCESS) {
+        return status;
+    }
+    int64_t chunk = 0;
+    for (int64_t i = 0; i < count; i++) {
+        if (!is_empty(&tasks[i]) && adam8_chunk(&tasks[i]) > chunk) {
+            chunk = adam8_chunk(&tasks[i]);
+        }
+    }
+    *bytes = chunk == 0 ? 0 : (size_t)chunk * (size_t)backend->threads() * 4 + ALIGNMENT;
+    return QG_SUCCESS;
+}
+
+static void *align(void *scratch) {
+    return (void *)(((uintptr_t)scratch + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+}
+
+qg_status qg_adam8_step(
+    const qg_step_task *tasks,
+    int64_t count,
+    const qg_step_params *params,
+    void *scratch,
+    size_t scratch_size,
+    const qg_backend *backend) {
+    size_t need = 0;
+    qg_status status = qg_adam8_scratch_size(tasks, count, params, backend, &need);
+    if (status != QG_SUCCESS || (status = check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
+        return status;
+    }
+    qg_update_coefficients update = update_coefficients(params);
+    for (int64_t i = 0; i < count; i++) {
+        const qg_step_task *task = &tasks[i];
+        if (is_empty(task)) {
+            continue;
+        }
+        qg_adam_coefficients adam = adam_coefficients(params, task->bias_step);
+        qg_noise_stream stream = noise_stream(params, task);
+        backend->adam_update(&task->weight, &task->moments, task->gradient, task->grad_format, &adam, &update, &stream,
+                             task->stats, adam8_chunk(task), align(scratch));
+    }
+    return QG_SUCCESS;
+}
+
+/* ---------------------------------------------------------------- galore */
+
+/* What one projected step works with. */
+typedef struct job {
+    const qg_step_task *task;
+    const qg_backend *backend;
+    const qg_linalg *linalg;
+    plan plan;
+    qg_format gemm_format;
+    qg_adam_coefficients adam;
+    qg_update_coefficients update;
+    qg_noise_stream stream;
+    void *basis;
+    float *normalised;
+    void *rounded; /* NULL with float32 GEMMs */
+    void *tile;
+} job;
+
+static const void *element_at(const void *base, qg_format format, int64_t index) {
+    return (const char *)base + index * (int64_t)format_bytes(format);
+}
+
+static qg_status gemm(
+    const job *j,
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    const void *a,
+    int64_t a_row_stride,
+    int64_t a_col_stride,
+    const void *b,
+    int64_t b_row_stride,
+    int64_t b_col_stride,
+    void *c,
+    int64_t c_row_stride) {
+    return j->linalg->gemm(j->linalg->context, j->gemm_format, m, n, k, a, a_row_stride, a_col_stride, b, b_row_stride,
+                           b_col_stride, c, c_row_stride);
+}
+
+/* Where R goes when it comes out of a GEMM: N's own place, or the bfloat16 buffer. */
+static void *projected(const job *j) {
+    return j->rounded != NULL ? j->rounded : (void *)j->normalised;
+}
+
+/* Adam on columns first .. first + cols of R; N ends in j->normalised [rank, cols], rounded too for bfloat16 GEMMs. */
+static const void *normalise(const job *j, int64_t first, int64_t cols) {
+    const qg_step_task *task = j->task;
+    const void *gradient = projected(j);
+    qg_format format = j->gemm_format;
+    int64_t stride = cols;
+    if (task->low_rank_gradient) {
+        gradient = element_at(task->gradient, task->grad_format, first);
+        format = task->grad_format;
+        stride = j->plan.other;
+    }
+    j->backend->adam(&task->moments, j->plan.other, j->plan.rank, first, cols, gradient, format, stride, j->normalised,
+                     cols, &j->adam);
+    if (j->rounded == NULL) {
+        return j->normalised;
+    }
+    j->backend->cast(j->rounded, QG_BFLOAT16, j->normalised, QG_FLOAT32, j->plan.rank, cols, cols);
+    return j->rounded;
+}
+
+static void update_rows(const job *j, int64_t first_row, int64_t rows) {
+    const qg_weight *weight = &j->task->weight;
+    j->backend->update(weight, first_row * weight->cols, rows * weight->cols, j->tile, j->gemm_format, &j->update,
+                       &j->stream, j->task->stats);
+}
+
+static qg_status step_right(const job *j) {
+    const qg_step_task *task = j->task;
+    const plan *p = &j->plan;
+    int64_t n = task->weight.cols;
+    j->backend->projector_dequantize(&task->projector, 0, p->rank, 0, n, j->basis, j->gemm_format);
+    for (int64_t row = 0; row < task->weight.rows; row += p->tile_rows) {
+        int64_t rows = smaller(p->tile_rows, task->weight.rows - row);
+        qg_status status = QG_SUCCESS;
+        if (!task->low_rank_gradient) { /* R[:, rows] = P G[rows, :]^T */
+            const void *gradient = element_at(task->gradient, task->grad_format, row * n);
+            if (task->grad_format != j->gemm_format) {
+                j->backend->cast(j->tile, j->gemm_format, gradient, task->grad_format, rows, n, n);
+                gradient = j->tile;
+            }
+            status = gemm(j, p->rank, rows, n, j->basis, n, 1, gradient, 1, n, projected(j), rows);
+        }
+        if (status == QG_SUCCESS) { /* U[rows, :] = N[:, rows]^T P */
+            const void *direction = normalise(j, row, rows);
+            status = gemm(j, rows, n, p->rank, direction, 1, rows, j->basis, n, 1, j->tile, n);
+        }
+        if (status != QG_SUCCESS) {
+            return status;
+        }
+        update_rows(j, row, rows);
+    }
+    return QG_SUCCESS;
+}
+
+/* R = P G, a piece of the basis at a time; G is cast by tiles of columns where its format differs from the GEMM's. */
+static qg_status project_left(const job *j) {
+    const qg_step_task *task = j->task;
+    const plan *p = &j->plan;
+    int64_t m = task->weight.rows, n = task->weight.cols;
+    int must_cast = task->grad_format != j->gemm_format;
+    int64_t tile_cols = must_cast ? smaller(n, p->tile_rows * n / m > 0 ? p->tile_rows * n / m : 1) : n;
+    for (int64_t vector = 0; vector < p->rank; vector += BASIS_ROWS) {
+        int64_t vectors = smaller(BASIS_ROWS, p->rank - vector);
+        j->backend->projector_dequantize(&task->projector, vector, vectors, 0, m, j->basis, j->gemm_format);
+        for (int64_t col = 0; col < n; col += tile_cols) {
+            int64_t cols = smaller(tile_cols, n - col);
+            const void *gradient = element_at(task->gradient, task->grad_format, col);
+            int64_t stride = n;
+            if (must_cast) {
+                j->backend->cast(j->tile, j->gemm_format, gradient, task->grad_format, m, cols, n);
+                gradient = j->tile;
+                stride = cols;
+            }
+            void *target = (void *)element_at(projected(j), j->gemm_format, vector * n + col);
+            qg_status status = gemm(j, vectors, cols, m, j->basis, m, 1, gradient, stride, 1, target, n);
+            if (status != QG_SUCCESS) {
+                return status;
+            }
+        }
+    }
+    return QG_SUCCESS;
+}
+
+static qg_status step_left(const job *j) {
+    const qg_step_task *task = j->task;
+    const plan *p = &j->plan;
+    int64_t n = task->weight.cols;
+    if (!task->low_rank_gradient) {
+        qg_status status = project_left(j);
+        if (status != QG_SUCCESS) {
+            return status;
+        }
+    }
+    const void *direction = normalise(j, 0, n);
+    for (int64_t row = 0; row < task->weight.rows; row += p->tile_rows) { /* U[rows, :] = P[:, rows]^T N */
+        int64_t rows = smaller(p->tile_rows, task->weight.rows - row);
+        j->backend->projector_dequantize(&task->projector, 0, p->rank, row, rows, j->basis, j->gemm_format);
+        qg_status status = gemm(j, rows, n, p->rank, j->basis, 1, rows, direction, n, 1, j->tile, n);
+        if (status != QG_SUCCESS) {
+            return status;
+        }
+        update_rows(j, row, rows);
+    }
+    return QG_SUCCESS;
+}
+
+qg_status qg_galore_scratch_size(const qg_step_task *tasks, int64_t count, const qg_step_params *params, size_t *bytes) {
+    qg_status status = check_list(tasks, count, params, 1);
+    if (status != QG_SUCCESS) {
+        return status;
+    }
+    if (params->gemm_format != QG_FLOAT32 && params->gemm_format != QG_BFLOAT16) {
+        return qg_fail(QG_UNSUPPORTED, "gemm_format %d: expected FLOAT32 or BFLOAT16", (int)params->gemm_format);
+    }
+    *bytes = 0;
+    for (int64_t i = 0; i < count; i++) {
+        size_t need = is_empty(&tasks[i]) ? 0 : make_plan(&tasks[i], params).bytes;
+        *bytes = need > *bytes ? need : *bytes;
+    }
+    return QG_SUCCESS;
+}
+
+qg_status qg_galore_step(
+    const qg_step_task *tasks,
+    int64_t count,
+    const qg_step_params *params,
+    void *scratch,
+    size_t scratch_size,
+    const qg_backend *backend,
+    const qg_linalg *linalg) {
+    size_t need = 0;
+    qg_status status = qg_galore_scratch_size(tasks, count, params, &need);
+    if (status != QG_SUCCESS || (status = check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
+        return status;
+    }
+    if (linalg == NULL || linalg->struct_size != sizeof *linalg || linalg->gemm == NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "linalg: expected a qg_linalg with struct_size %zu", sizeof *linalg);
+    }
+    for (int64_t i = 0; status == QG_SUCCESS && i < count; i++) {
+        const qg_step_task *task = &tasks[i];
+        if (is_empty(task)) {
+            continue;
+        }
+        char *memory = align(scratch);
+        job j = {
+            .task = task,
+            .backend = backend,
+            .linalg = linalg,
+            .plan = make_plan(task, params),
+            .gemm_format = params->gemm_format,
+            .adam = adam_coefficients(params, task->bias_step),
+            .update = update_coefficients(params),
+            .stream = noise_stream(params, task),
+        };
+        j.basis = memory + j.plan.basis;
+        j.normalised = (float *)(memory + j.plan.normalised);
+        j.rounded = j.gemm_format == QG_FLOAT32 ? NULL : memory + j.plan.rounded;
+        j.tile = memory + j.plan.tile;
+        status = task->side == QG_RIGHT ? step_right(&j) : step_left(&j);
+    }
+    return status;
+}
