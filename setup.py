@@ -1,4 +1,4 @@
-"""Builds q_galore_torch._C (C core, CPU kernels, binding) and, where nvcc and CUDA sources are present, the CUDA library.
+"""Builds q_galore_torch._C (C core, CPU kernels, binding) and, where nvcc and CUDA sources are, the CUDA library.
 
 Everything about the project itself stands in pyproject.toml. torch is not a build requirement: the build uses the torch
 that is installed, so call pip with --no-build-isolation.

@@ -1,0 +1,41 @@
+"""What every test runs under: two threads, one seed, reproducible hypothesis examples, and skips that are counted."""
+
+from __future__ import annotations
+
+import collections
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Sums of a GEMM depend on the thread count: the same everywhere, so that a failure is one everywhere.
+THREADS = min(2, os.cpu_count() or 1)
+
+settings.register_profile(
+    "project", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def _same_start_for_every_test():
+    """Each test starts from the same threads and seed, and leaves neither its dtype nor its modes to the next."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)
+    assert torch.is_grad_enabled(), "the test left gradients switched off"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count what was skipped, by reason: a skip that nobody sees is a test that nobody runs."""
+    reasons: collections.Counter[str] = collections.Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[text.removeprefix("Skipped: ")] += 1
+    terminalreporter.section("skipped tests")
+    terminalreporter.line(f"{sum(reasons.values())} tests skipped")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"  {count} x {reason}")
