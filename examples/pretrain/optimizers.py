@@ -1,0 +1,114 @@
+"""The optimizer names of the command line: four of torch.optim, four over q_galore_torch, two not supported yet.
+
+adam, adamw, sgd, adafactor    torch.optim, every parameter alike
+adam8bit                       8-bit moments, no projection
+galore_adamw                   attention and MLP matrices projected; float32 moments, float32 projector
+galore_adamw8bit               the same with 8-bit moments
+q_galore_adamw8bit             8-bit moments, low-rank backward; --proj_quant quantises the projector,
+                               --weight_quant stores the matrices in INT8
+"""
+
+from __future__ import annotations
+
+import argparse
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .errors import UsageError, import_optional
+
+QUANTISED = ("q_galore_adamw8bit",)
+PROJECTED = ("galore_adamw", "galore_adamw8bit", *QUANTISED)
+PLAIN = ("adam", "adamw", "sgd", "adafactor")
+PER_LAYER = ("galore_adamw8bit_per_layer", "q_galore_adamw8bit_per_layer")
+OPTIMIZERS = (*PLAIN, "adam8bit", *PROJECTED, *PER_LAYER)
+
+TARGET_MODULES = ["attn", "mlp"]
+
+
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> Optimizer:
+    """The optimizer that ``args.optimizer`` names; ``q_galore_adamw8bit`` converts the model's layers in place.
+
+    Raises:
+        UsageError: The package refuses a value, or is not installed.
+    """
+    if args.optimizer in PLAIN:
+        return _torch_optimizer(model, args)
+    qg = import_optional("q_galore_torch", f"--optimizer {args.optimizer}", "pip install q-galore-torch")
+    try:
+        groups, keywords = _groups(qg, model, args)
+        return qg.QGaLoreAdamW8bit(
+            groups, lr=args.lr, betas=_betas(args), weight_decay=args.weight_decay, seed=args.seed, **keywords
+        )
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _betas(args: argparse.Namespace) -> tuple[float, float]:
+    return (0.9 if args.beta1 is None else args.beta1, args.beta2)
+
+
+def _torch_optimizer(model: nn.Module, args: argparse.Namespace) -> Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    common: dict[str, Any] = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.optimizer == "adam":
+        return torch.optim.Adam(parameters, betas=_betas(args), **common)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, betas=_betas(args), **common)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=args.beta1 or 0.0, **common)
+    return torch.optim.Adafactor(parameters, **common)
+
+
+def _groups(qg: ModuleType, model: nn.Module, args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Parameter groups and the optimizer's further keywords."""
+    if args.optimizer == "adam8bit":
+        return [{"params": [p for p in model.parameters() if p.requires_grad]}], {}
+    projection: dict[str, Any] = {"update_proj_gap": args.update_proj_gap, "scale": args.galore_scale}
+    if args.optimizer in QUANTISED:
+        return _quantised_groups(qg, model, args, projection)
+    matrices = [module.weight for name, module in model.named_modules() if is_projected(name, module)]
+    chosen = {id(weight) for weight in matrices}
+    regular = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    projection.update(rank=args.rank, proj_type=args.proj_type, proj_format="float32")
+    moments = "float32" if args.optimizer == "galore_adamw" else "dynamic8"
+    return [{"params": regular}, {"params": matrices, **projection}], {"moments_dtype": moments}
+
+
+def is_projected(name: str, module: nn.Module) -> bool:
+    """Whether a module is one of the linear layers of attention and MLP."""
+    return isinstance(module, nn.Linear) and any(target in name for target in TARGET_MODULES)
+
+
+def _quantised_groups(
+    qg: ModuleType, model: nn.Module, args: argparse.Namespace, projection: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Q-GaLore: the layers take over the backward pass, so that only low-rank gradients exist."""
+    prepared: dict[str, Any] = {"rank": args.rank, "target_modules": TARGET_MODULES, "proj_type": args.proj_type}
+    keywords: dict[str, Any] = {}
+    if args.weight_quant:
+        prepared.update(weight_bits=args.weight_bits, group_size=args.weight_group_size)
+        keywords["stochastic_round"] = args.stochastic_round
+    else:
+        prepared["weight_bits"] = None
+    qg.prepare_model(model, **prepared)
+    if args.proj_quant:
+        projection.update(quant=True, quant_n_bit=args.proj_bits, quant_group_size=args.proj_group_size)
+    else:
+        projection["proj_format"] = "float32"
+    lazy = {name: getattr(args, name) for name in ("cos_threshold", "gamma_proj", "queue_size")}
+    projection.update({name: value for name, value in lazy.items() if value is not None})
+    return qg.param_groups(model, rank=args.rank, **projection), keywords
+
+
+def count_refreshes(optimizer: Optimizer) -> int:
+    """Subspaces computed so far, over all matrices; 0 for optimizers without subspaces."""
+    telemetry = getattr(optimizer, "telemetry", None)
+    if telemetry is None:
+        return 0
+    entries = telemetry()
+    rows = entries.values() if isinstance(entries, dict) else entries
+    return sum(int(row.get("refreshes", 0)) for row in rows)

@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""Pretrain a LLaMA with Q-GaLore, or with an optimizer to compare it with.
+
+    python examples/run_pretrain.py --demo
+    python run_pretrain.py --model_config configs/llama_60m.json --batch_size 16 --optimizer q_galore_adamw8bit \\
+        --weight_quant --proj_quant --stochastic_round --rank 128 --lr 0.01
+    torchrun --standalone --nproc_per_node 1 run_pretrain.py ...
+
+``--help`` lists all flags and the exit codes. The support modules are in the folder ``pretrain`` beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint import (
+    find_checkpoint,
+    load_model,
+    load_training_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from pretrain.data import held_out_batches, load_corpus
+from pretrain.errors import UsageError
+from pretrain.flags import parse_flags
+from pretrain.losses import evaluate, summed_loss
+from pretrain.model import build_model, read_config_json
+from pretrain.optimizers import build_optimizer, count_refreshes
+from pretrain.report import (
+    MIB,
+    RunLog,
+    gradient_bytes,
+    peak_memory,
+    peak_resident,
+    plot_loss,
+    start_wandb,
+    state_bytes,
+    weight_bytes,
+)
+from pretrain.schedules import make_scheduler
+from pretrain.stopping import StopRequest
+
+# Written into every checkpoint: a run can only be continued with the same values.
+IDENTITY = ("seed", "dtype", "max_length", "tokenizer", "optimizer", "rank", "proj_type", "weight_quant", "proj_quant")
+
+
+class TrainingFailed(Exception):
+    """The loss or a gradient is no longer a number."""
+
+
+class Trainer:
+    """A run: everything that is saved in a checkpoint, and the loop over it."""
+
+    def __init__(self, args: argparse.Namespace, stop: StopRequest) -> None:
+        self.args, self.stop, self.device = args, stop, args.torch_device
+        self.folder = Path(args.save_dir)
+        config = read_config_json(args.model_config)
+        longest = config.get("max_sequence_length", config.get("max_position_embeddings"))
+        if isinstance(longest, int) and args.max_length > longest:
+            raise UsageError(f"--max_length {args.max_length} is more than the model's {longest}")
+        torch.manual_seed(args.seed)
+        self.model = build_model(args.model_config, args.use_hf_model, args.torch_dtype).to(self.device)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        self.corpus = load_corpus(
+            args.data_kind, args.data_path, args.tokenizer, args.max_length, args.seed, args.eval_tokens,
+            vocabulary=self.model.lm_head.weight.shape[0],
+        )  # fmt: skip
+        self.optimizer = build_optimizer(self.model, args)
+        self.scheduler = make_scheduler(
+            self.optimizer, args.scheduler, args.warmup_steps, args.num_training_steps, args.min_lr_ratio,
+            args.cycle_length,
+        )  # fmt: skip
+        self.step, self.saved_at = 0, -1
+        self.first_loss: float | None = None
+        self.gradient_bytes = 0
+        self.identity: dict[str, Any] = {
+            "model": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16],
+            "data": self.corpus.fingerprint[:16],
+            **{name: getattr(args, name) for name in IDENTITY},
+        }
+        if args.continue_from is not None:
+            self._restore(find_checkpoint(args.continue_from))
+
+    def _restore(self, folder: Path) -> None:
+        state = load_training_state(folder, self.identity)
+        if state["step"] >= self.args.num_training_steps:
+            raise UsageError(f"{folder} has all {state['step']} updates of --num_training_steps already")
+        load_model(folder, self.model)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.corpus.train.load_state_dict(state["data"])
+        restore_random_state(state["random"])
+        self.step, self.first_loss = state["step"], state["first_loss"]
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step, unless it is there already."""
+        if self.saved_at == self.step:
+            return
+        state = {
+            "identity": self.identity,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "data": self.corpus.train.state_dict(),
+            "first_loss": self.first_loss,
+        }
+        folder = save_checkpoint(self.folder, self.step, self.model, state)
+        self.saved_at = self.step
+        self.log.line(f"saved {folder}")
+
+    def run(self) -> int:
+        """Train to the end or until asked to stop; returns the exit code."""
+        args = self.args
+        wandb = start_wandb(args.unset_wandb, args.project, args.name, vars_for_log(args))
+        self.log = RunLog(self.folder, args.num_training_steps, self.step, wandb)
+        try:
+            print(f"{args.name}: {self.parameters:,} weights, {args.optimizer}, {args.dtype} on {self.device}")
+            print(self.corpus.description, flush=True)
+            if args.eval_at_start and self.step == 0:
+                self.first_loss = self.evaluate()
+            self._train()
+            self.save()
+            loss = None if self.stop.asked else self.evaluate()
+            if not self.stop.asked:
+                self._summary(loss)
+        finally:
+            self.log.close()
+        if self.stop.asked:
+            print(f"stopped after update {self.step}; go on with --continue_from {self.folder}", flush=True)
+        return self.stop.exit_code
+
+    def _train(self) -> None:
+        """Updates up to num_training_steps, with evaluations and checkpoints in between."""
+        args, last = self.args, self.args.num_training_steps
+        tokens_per_update = args.total_batch_size * args.max_length
+        seconds, tokens = 0.0, 0
+        while self.step < last and not self.stop.asked:
+            start = time.perf_counter()
+            rate = self.optimizer.param_groups[0]["lr"]
+            loss, norm = self.update()
+            seconds, tokens = seconds + time.perf_counter() - start, tokens + tokens_per_update
+            values = {
+                "loss": loss,
+                "lr": rate,
+                "grad_norm": norm,
+                "tokens": self.step * tokens_per_update,
+                "tokens_per_second": tokens / seconds,
+                "peak_memory": peak_memory(self.device),
+                "refreshes": count_refreshes(self.optimizer),
+            }
+            self.log.record("train", self.step, **values)
+            self.log.advance()
+            if self.step % args.log_every == 0 or self.step == last:
+                self.log.line(training_line(self.step, last, values))
+                seconds, tokens = 0.0, 0
+            if self.step % args.save_every == 0:
+                self.save()
+            if self.step % args.eval_every == 0 and self.step < last and not self.stop.asked:
+                self.evaluate()
+
+    def update(self) -> tuple[float, float]:
+        """One update from gradient_accumulation micro-batches: mean loss over its tokens, norm of its gradient."""
+        args = self.args
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = args.total_batch_size * args.max_length
+        total = torch.zeros((), device=self.device)
+        for _ in range(args.gradient_accumulation):
+            inputs, targets = self.corpus.train.next_batch(args.batch_size)
+            loss = summed_loss(self.model, inputs.to(self.device), targets.to(self.device)) / tokens
+            loss.backward()
+            total += loss.detach()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if args.grad_clipping:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clipping)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.gradient_bytes = max(self.gradient_bytes, gradient_bytes(self.optimizer))
+        loss, norm = total.item(), norm.item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingFailed(
+                f"the loss is {loss} and the gradient's norm {norm} in update {self.step + 1}; a smaller --lr may help"
+            )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.step += 1
+        return loss, norm
+
+    def evaluate(self) -> float | None:
+        """Mean loss over the held-out text, logged; None when asked to stop meanwhile."""
+        args = self.args
+        batches = held_out_batches(self.corpus.held_out, args.max_length, args.batch_size, args.eval_tokens)
+        result = evaluate(self.model, batches, self.device, lambda: self.stop.asked)
+        if result is None:
+            return None
+        loss, count = result
+        self.log.record("eval", self.step, loss=loss, perplexity=perplexity(loss), tokens=count)
+        self.log.line(
+            f"held out after {self.step}: loss {loss:.4f}, perplexity {perplexity(loss):.2f}, {count:,} tokens"
+        )
+        return loss
+
+    def _summary(self, loss: float | None) -> None:
+        """The last lines: quality, memory, plot."""
+        memory = {
+            "weights": weight_bytes(self.model),
+            "gradients": self.gradient_bytes,
+            "optimizer_state": state_bytes(self.optimizer),
+            "peak_RSS": peak_resident(),
+        }
+        self.log.record("summary", self.step, loss=loss, first_loss=self.first_loss, **memory)
+        if loss is not None:
+            before = self.first_loss
+            change = "" if before is None else f" (before training: {before:.4f} and {perplexity(before):.2f})"
+            self.log.line(f"held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}{change}")
+        parts = ", ".join(f"{name.replace('_', ' ')} {size / MIB:.1f}" for name, size in memory.items())
+        adamw = 4 * self.parameters / MIB
+        self.log.line(
+            f"memory in MiB: {parts}; float32 AdamW has weights {adamw:.1f}, gradients {adamw:.1f}, "
+            f"optimizer state {2 * adamw:.1f}"
+        )
+        if self.args.plot:
+            picture = self.folder / "loss.png"
+            self.log.line(plot_loss(self.log.path, picture.resolve(), f"{self.args.name}: {self.args.optimizer}"))
+
+
+def training_line(step: int, last: int, values: dict[str, Any]) -> str:
+    """The line printed every --log_every updates."""
+    return (
+        f"step {step}/{last} loss {values['loss']:.4f} lr {values['lr']:.2e} grad_norm {values['grad_norm']:.3f} "
+        f"tokens {values['tokens']:,} tokens/s {values['tokens_per_second']:,.0f} "
+        f"peak_memory {values['peak_memory'] / MIB:,.0f} MiB refreshes {values['refreshes']}"
+    )
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where it has no double."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def vars_for_log(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as plain values."""
+    return {name: value for name, value in vars(args).items() if not name.startswith("torch_")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run with the given arguments (default: the command line's) and return the exit code."""
+    try:
+        args = parse_flags(arguments)
+        with StopRequest() as stop:
+            return Trainer(args, stop).run()
+    except UsageError as error:
+        print(f"run_pretrain.py: {error}", file=sys.stderr)
+        return 2
+    except TrainingFailed as error:
+        print(f"run_pretrain.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
