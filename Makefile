@@ -84,6 +84,9 @@ $(STAMPS)/torch:
 	    || { echo "$(PYTHON) is too old: Python 3.10 or newer is needed (make PYTHON=...)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' \
 	    || { echo "$(PYTHON) cannot make virtual environments: install its venv package (Debian: python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2> /dev/null \
+	    || { echo "$(PYTHON) has no headers to build against (Debian: python3-dev)"; exit 1; }
+	@command -v g++ > /dev/null || { echo "g++ is needed to build the binding (Debian: g++)"; exit 1; }
 	@echo "installing $(TORCH) into $(VENV) (about half a minute, some hundred MB)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH) 'setuptools>=77'
