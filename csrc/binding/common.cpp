@@ -1,0 +1,210 @@
+// common.cpp - checks, formats and the choice of kernels; see common.h.
+#include "common.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <sstream>
+
+namespace qg {
+
+const std::initializer_list<ScalarType> FLOATS = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+
+namespace {
+
+const char *dtype_name(ScalarType dtype) {
+    switch (dtype) {
+    case ScalarType::Float:
+        return "float32";
+    case ScalarType::BFloat16:
+        return "bfloat16";
+    case ScalarType::Half:
+        return "float16";
+    case ScalarType::Double:
+        return "float64";
+    case ScalarType::Byte:
+        return "uint8";
+    case ScalarType::Char:
+        return "int8";
+    case ScalarType::Short:
+        return "int16";
+    case ScalarType::Int:
+        return "int32";
+    case ScalarType::Long:
+        return "int64";
+    case ScalarType::Bool:
+        return "bool";
+    default:
+        return "another dtype";
+    }
+}
+
+std::string shape(const std::vector<int64_t> &sizes) {
+    std::ostringstream out;
+    out << '[';
+    for (size_t i = 0; i < sizes.size(); i++) {
+        out << (i ? ", " : "");
+        if (sizes[i] < 0) {
+            out << '*';
+        } else {
+            out << sizes[i];
+        }
+    }
+    out << ']';
+    return out.str();
+}
+
+std::vector<int64_t> sizes_of(const Tensor &tensor) {
+    auto sizes = tensor.sizes();
+    return std::vector<int64_t>(sizes.begin(), sizes.end());
+}
+
+bool fits(const std::vector<int64_t> &sizes, const std::vector<int64_t> &pattern) {
+    if (pattern.size() == 1 && pattern[0] == -1) {
+        return true;
+    }
+    if (sizes.size() != pattern.size()) {
+        return false;
+    }
+    for (size_t i = 0; i < sizes.size(); i++) {
+        if (pattern[i] >= 0 && sizes[i] != pattern[i]) {
+            return false;
+        }
+    }
+    return true;
+}
+
+qg_simd level_from_environment() {
+    const char *value = std::getenv("Q_GALORE_SIMD");
+    if (value == nullptr || *value == '\0') {
+        return qg_cpu_best_simd();
+    }
+    const std::string name = value;
+    if (name == "scalar") {
+        return QG_SIMD_SCALAR;
+    }
+    if (name == "avx2") {
+        return QG_SIMD_AVX2;
+    }
+    if (name == "avx512") {
+        return QG_SIMD_AVX512;
+    }
+    throw std::invalid_argument("Q_GALORE_SIMD must be scalar, avx2 or avx512, got " + name);
+}
+
+struct Choice {
+    const qg_backend *kernels;
+    int64_t level;
+};
+
+Choice choose(int64_t level) {
+    Choice choice = {nullptr, level};
+    check_status("simd_level", qg_cpu_backend(static_cast<qg_simd>(level), &choice.kernels));
+    return choice;
+}
+
+// The process's choice of kernels. One word, so that a change in one thread is seen whole by the others.
+std::atomic<int64_t> chosen_level{-1};
+
+} // namespace
+
+void refuse(const Argument &argument, const std::string &expected, const std::string &got) {
+    std::ostringstream out;
+    out << "q_galore::" << argument.op << ": " << argument.name;
+    if (argument.index >= 0) {
+        out << '[' << argument.index << ']';
+    }
+    out << " must be " << expected << ", got " << got;
+    throw std::invalid_argument(out.str());
+}
+
+std::string describe(const Tensor &tensor) {
+    std::string text = std::string(dtype_name(tensor.scalar_type())) + " " + shape(sizes_of(tensor));
+    if (!tensor.is_cpu()) {
+        text += " on another device";
+    } else if (!tensor.is_contiguous()) {
+        text += ", not contiguous";
+    }
+    return text;
+}
+
+void check_tensor(
+    const Argument &argument,
+    const Tensor &tensor,
+    std::initializer_list<ScalarType> dtypes,
+    const std::vector<int64_t> &sizes) {
+    bool good = tensor.is_cpu() && tensor.is_contiguous() && fits(sizes_of(tensor), sizes);
+    bool known = false;
+    std::string names;
+    for (ScalarType dtype : dtypes) {
+        known = known || tensor.scalar_type() == dtype;
+        names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+    }
+    if (!good || !known) {
+        std::string where = sizes.size() == 1 && sizes[0] == -1 ? "" : " " + shape(sizes);
+        refuse(argument, "contiguous " + names + where + " on cpu", describe(tensor));
+    }
+}
+
+void check_length(const char *op, const char *name, size_t got, size_t expected) {
+    if (got != expected) {
+        refuse({op, name}, "a list of " + std::to_string(expected), std::to_string(got));
+    }
+}
+
+qg_format float_format(const Tensor &tensor) {
+    switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+        return QG_FLOAT32;
+    case ScalarType::BFloat16:
+        return QG_BFLOAT16;
+    default:
+        return QG_FLOAT16;
+    }
+}
+
+ScalarType scalar_type(qg_format format) {
+    switch (format) {
+    case QG_FLOAT32:
+        return ScalarType::Float;
+    case QG_BFLOAT16:
+        return ScalarType::BFloat16;
+    case QG_FLOAT16:
+        return ScalarType::Half;
+    default:
+        throw std::invalid_argument("format " + std::to_string(format) + " is not a float format");
+    }
+}
+
+void check_status(const char *op, qg_status status) {
+    if (status == QG_SUCCESS) {
+        return;
+    }
+    const std::string message = std::string("q_galore::") + op + ": " + qg_last_error();
+    if (status == QG_INVALID_ARGUMENT || status == QG_UNSUPPORTED) {
+        throw std::invalid_argument(message);
+    }
+    throw std::runtime_error(message);
+}
+
+int64_t simd_level() {
+    int64_t level = chosen_level.load();
+    if (level < 0) {
+        level = choose(level_from_environment()).level;
+        chosen_level.store(level);
+    }
+    return level;
+}
+
+const qg_backend *backend() {
+    return choose(simd_level()).kernels;
+}
+
+int64_t best_simd_level() {
+    return qg_cpu_best_simd();
+}
+
+void set_simd_level(int64_t level) {
+    chosen_level.store(choose(level).level);
+}
+
+} // namespace qg

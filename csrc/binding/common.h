@@ -1,0 +1,135 @@
+// common.h - what every op of the binding needs: tensor checks in one sentence, formats, the chosen kernels.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "q_galore.h"
+
+namespace qg {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// Which argument of which op a message speaks of; index < 0: not an element of a list.
+struct Argument {
+    const char *op;
+    const char *name;
+    int64_t index = -1;
+};
+
+// Throws std::invalid_argument ("q_galore::op: argument[i] must be ..., got ..."), which Python sees as ValueError.
+[[noreturn]] void refuse(const Argument &argument, const std::string &expected, const std::string &got);
+
+std::string describe(const Tensor &tensor);
+
+// A contiguous CPU tensor of one of the dtypes and, unless sizes is {-1}, of these sizes; a size of -1 is free.
+void check_tensor(
+    const Argument &argument,
+    const Tensor &tensor,
+    std::initializer_list<ScalarType> dtypes,
+    const std::vector<int64_t> &sizes = {-1});
+
+void check_length(const char *op, const char *name, size_t got, size_t expected);
+
+// The storage format of a float tensor (float32, bfloat16, float16) whose dtype has been checked.
+qg_format float_format(const Tensor &tensor);
+
+ScalarType scalar_type(qg_format format);
+
+inline int64_t blocks(int64_t count, int64_t block) {
+    return (count + block - 1) / block;
+}
+
+// Throws what a status means: ValueError for a bad argument, NotImplementedError-like RuntimeError otherwise.
+void check_status(const char *op, qg_status status);
+
+// The kernels in use: Q_GALORE_SIMD (scalar, avx2, avx512) or the best this machine has, until set_simd_level.
+const qg_backend *backend();
+int64_t simd_level();
+int64_t best_simd_level();
+void set_simd_level(int64_t level);
+
+// GEMMs by torch.
+const qg_linalg *torch_linalg();
+
+extern const std::initializer_list<ScalarType> FLOATS;
+
+std::tuple<Tensor, Tensor, Tensor> int8_quantize(const Tensor &weight, int64_t group_size);
+Tensor int8_dequantize(const Tensor &codes, const Tensor &scales, const Tensor &zeros, int64_t group_size, int64_t format);
+std::tuple<Tensor, Tensor, Tensor> projector_quantize(const Tensor &basis, int64_t format, int64_t block);
+Tensor projector_dequantize(
+    const Tensor &codes,
+    const Tensor &scales,
+    const Tensor &zeros,
+    int64_t format,
+    int64_t block,
+    int64_t dim,
+    int64_t target_format);
+std::tuple<Tensor, Tensor> dynamic8_quantize(const Tensor &x, bool is_signed, int64_t block);
+Tensor dynamic8_dequantize(const Tensor &codes, const Tensor &absmax, bool is_signed, int64_t block);
+Tensor absmax(const Tensors &tensors);
+Tensor noise(int64_t seed, int64_t id, int64_t step, int64_t start, int64_t count);
+void adam8_step(
+    const Tensors &weights,
+    const Tensors &scales,
+    const Tensors &zeros,
+    const Tensors &grads,
+    const Tensors &exp_avg,
+    const Tensors &exp_avg_sq,
+    const Tensors &exp_avg_absmax,
+    const Tensors &exp_avg_sq_absmax,
+    const std::vector<int64_t> &bias_steps,
+    const std::vector<int64_t> &noise_steps,
+    const std::vector<int64_t> &ids,
+    const Tensor &stats,
+    double lr,
+    double beta1,
+    double beta2,
+    double eps,
+    double weight_decay,
+    int64_t seed,
+    bool stochastic_round,
+    int64_t group_size,
+    int64_t block);
+void galore_step(
+    const Tensors &weights,
+    const Tensors &scales,
+    const Tensors &zeros,
+    const Tensors &grads,
+    const Tensors &exp_avg,
+    const Tensors &exp_avg_sq,
+    const Tensors &exp_avg_absmax,
+    const Tensors &exp_avg_sq_absmax,
+    const Tensors &proj_codes,
+    const Tensors &proj_scales,
+    const Tensors &proj_zeros,
+    const std::vector<int64_t> &sides,
+    const std::vector<int64_t> &bias_steps,
+    const std::vector<int64_t> &noise_steps,
+    const std::vector<int64_t> &ids,
+    const Tensor &stats,
+    int64_t proj_format,
+    int64_t proj_block,
+    bool low_rank,
+    double lr,
+    double beta1,
+    double beta2,
+    double eps,
+    double weight_decay,
+    double scale,
+    int64_t seed,
+    bool stochastic_round,
+    int64_t group_size,
+    int64_t block,
+    int64_t compute_format);
+
+} // namespace qg

@@ -1,0 +1,254 @@
+// step.cpp - the two list ops of an optimizer step.
+#include <climits>
+
+#include "common.h"
+
+namespace qg {
+namespace {
+
+const std::initializer_list<ScalarType> WEIGHTS = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
+                                                   ScalarType::Byte};
+
+// The lists that both ops share, with the size of a group and of a moment block.
+struct Lists {
+    const char *op;
+    const Tensors &weights;
+    const Tensors &scales;
+    const Tensors &zeros;
+    const Tensors &grads;
+    const Tensors &exp_avg;
+    const Tensors &exp_avg_sq;
+    const Tensors &exp_avg_absmax;
+    const Tensors &exp_avg_sq_absmax;
+    const std::vector<int64_t> &bias_steps;
+    const std::vector<int64_t> &noise_steps;
+    const std::vector<int64_t> &ids;
+    const Tensor &stats;
+    int64_t group_size;
+    int64_t block;
+};
+
+void check_lists(const Lists &l) {
+    const size_t count = l.weights.size();
+    check_length(l.op, "scales", l.scales.size(), count);
+    check_length(l.op, "zeros", l.zeros.size(), count);
+    check_length(l.op, "grads", l.grads.size(), count);
+    check_length(l.op, "exp_avg", l.exp_avg.size(), count);
+    check_length(l.op, "exp_avg_sq", l.exp_avg_sq.size(), count);
+    check_length(l.op, "exp_avg_absmax", l.exp_avg_absmax.size(), count);
+    check_length(l.op, "exp_avg_sq_absmax", l.exp_avg_sq_absmax.size(), count);
+    check_length(l.op, "bias_steps", l.bias_steps.size(), count);
+    check_length(l.op, "noise_steps", l.noise_steps.size(), count);
+    check_length(l.op, "ids", l.ids.size(), count);
+    check_tensor({l.op, "stats"}, l.stats, {ScalarType::Long}, {static_cast<int64_t>(count), 2});
+    if (l.group_size < 1 || l.group_size > INT_MAX) {
+        refuse({l.op, "group_size"}, "from 1 to 2147483647", std::to_string(l.group_size));
+    }
+    if (l.block < 1 || l.block > INT_MAX) {
+        refuse({l.op, "block"}, "from 1 to 2147483647", std::to_string(l.block));
+    }
+}
+
+qg_weight weight_of(const Lists &l, size_t i, int64_t rows, int64_t cols) {
+    const int64_t index = static_cast<int64_t>(i);
+    const Tensor &data = l.weights[i];
+    check_tensor({l.op, "weights", index}, data, WEIGHTS);
+    qg_weight weight = {data.data_ptr(), nullptr, nullptr, rows, cols, static_cast<int32_t>(l.group_size), QG_INT8};
+    if (data.scalar_type() != ScalarType::Byte) {
+        weight.format = float_format(data);
+        return weight;
+    }
+    const int64_t groups = blocks(data.numel(), l.group_size);
+    check_tensor({l.op, "scales", index}, l.scales[i], {ScalarType::Float}, {groups});
+    check_tensor({l.op, "zeros", index}, l.zeros[i], {ScalarType::Short}, {groups});
+    weight.scales = static_cast<float *>(l.scales[i].data_ptr());
+    weight.zeros = static_cast<int16_t *>(l.zeros[i].data_ptr());
+    return weight;
+}
+
+// The moments of a rows x cols array; their tensors have the given sizes.
+qg_moments moments_of(const Lists &l, size_t i, const std::vector<int64_t> &sizes, int64_t rows, int64_t cols) {
+    const int64_t index = static_cast<int64_t>(i);
+    check_tensor({l.op, "exp_avg", index}, l.exp_avg[i], {ScalarType::Float, ScalarType::Byte}, sizes);
+    check_tensor({l.op, "exp_avg_sq", index}, l.exp_avg_sq[i], {l.exp_avg[i].scalar_type()}, sizes);
+    qg_moments moments = {l.exp_avg[i].data_ptr(), l.exp_avg_sq[i].data_ptr(), nullptr, nullptr,
+                          static_cast<int32_t>(l.block), QG_FLOAT32};
+    if (l.exp_avg[i].scalar_type() == ScalarType::Byte) {
+        const int64_t row_blocks = blocks(cols, l.block);
+        std::vector<int64_t> expected = {row_blocks};
+        if (rows >= 0) {
+            expected = {rows, row_blocks};
+        }
+        check_tensor({l.op, "exp_avg_absmax", index}, l.exp_avg_absmax[i], {ScalarType::Float}, expected);
+        check_tensor({l.op, "exp_avg_sq_absmax", index}, l.exp_avg_sq_absmax[i], {ScalarType::Float}, expected);
+        moments.exp_avg_absmax = static_cast<float *>(l.exp_avg_absmax[i].data_ptr());
+        moments.exp_avg_sq_absmax = static_cast<float *>(l.exp_avg_sq_absmax[i].data_ptr());
+        moments.format = QG_DYNAMIC8;
+    }
+    return moments;
+}
+
+void fill_common(const Lists &l, size_t i, qg_step_task &task) {
+    const int64_t index = static_cast<int64_t>(i);
+    task.gradient = l.grads[i].data_ptr();
+    task.grad_format = float_format(l.grads[i]);
+    if (l.ids[i] < 0 || l.ids[i] > UINT32_MAX) {
+        refuse({l.op, "ids", index}, "in 32 bits", std::to_string(l.ids[i]));
+    }
+    task.id = static_cast<uint32_t>(l.ids[i]);
+    task.noise_step = l.noise_steps[i];
+    task.bias_step = l.bias_steps[i];
+    task.stats = static_cast<int64_t *>(l.stats.data_ptr()) + 2 * index;
+}
+
+std::vector<int64_t> sizes_of(const Tensor &tensor) {
+    auto sizes = tensor.sizes();
+    return {sizes.begin(), sizes.end()};
+}
+
+Tensor scratch_of(size_t bytes) {
+    const int64_t size[] = {static_cast<int64_t>(bytes)};
+    return torch::stable::empty({size, 1}, ScalarType::Byte);
+}
+
+} // namespace
+
+void adam8_step(
+    const Tensors &weights,
+    const Tensors &scales,
+    const Tensors &zeros,
+    const Tensors &grads,
+    const Tensors &exp_avg,
+    const Tensors &exp_avg_sq,
+    const Tensors &exp_avg_absmax,
+    const Tensors &exp_avg_sq_absmax,
+    const std::vector<int64_t> &bias_steps,
+    const std::vector<int64_t> &noise_steps,
+    const std::vector<int64_t> &ids,
+    const Tensor &stats,
+    double lr,
+    double beta1,
+    double beta2,
+    double eps,
+    double weight_decay,
+    int64_t seed,
+    bool stochastic_round,
+    int64_t group_size,
+    int64_t block) {
+    const char *op = "adam8_step_";
+    const Lists lists = {op,         weights,        scales,            zeros,      grads,       exp_avg,
+                         exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids,
+                         stats,      group_size,     block};
+    check_lists(lists);
+    std::vector<qg_step_task> tasks(weights.size());
+    for (size_t i = 0; i < weights.size(); i++) {
+        const int64_t count = weights[i].numel();
+        qg_step_task &task = tasks[i];
+        task = {};
+        task.weight = weight_of(lists, i, 1, count);
+        check_tensor({op, "grads", static_cast<int64_t>(i)}, grads[i], FLOATS, sizes_of(weights[i]));
+        task.moments = moments_of(lists, i, sizes_of(weights[i]), -1, count);
+        fill_common(lists, i, task);
+    }
+    const qg_step_params params = {sizeof(qg_step_params), stochastic_round, lr, beta1, beta2, eps, weight_decay, 1.0,
+                                   static_cast<uint64_t>(seed), QG_FLOAT32};
+    const int64_t count = static_cast<int64_t>(tasks.size());
+    size_t bytes = 0;
+    check_status(op, qg_adam8_scratch_size(tasks.data(), count, &params, backend(), &bytes));
+    const Tensor scratch = scratch_of(bytes);
+    check_status(op, qg_adam8_step(tasks.data(), count, &params, scratch.data_ptr(), bytes, backend()));
+}
+
+void galore_step(
+    const Tensors &weights,
+    const Tensors &scales,
+    const Tensors &zeros,
+    const Tensors &grads,
+    const Tensors &exp_avg,
+    const Tensors &exp_avg_sq,
+    const Tensors &exp_avg_absmax,
+    const Tensors &exp_avg_sq_absmax,
+    const Tensors &proj_codes,
+    const Tensors &proj_scales,
+    const Tensors &proj_zeros,
+    const std::vector<int64_t> &sides,
+    const std::vector<int64_t> &bias_steps,
+    const std::vector<int64_t> &noise_steps,
+    const std::vector<int64_t> &ids,
+    const Tensor &stats,
+    int64_t proj_format,
+    int64_t proj_block,
+    bool low_rank,
+    double lr,
+    double beta1,
+    double beta2,
+    double eps,
+    double weight_decay,
+    double scale,
+    int64_t seed,
+    bool stochastic_round,
+    int64_t group_size,
+    int64_t block,
+    int64_t compute_format) {
+    const char *op = "galore_step_";
+    const Lists lists = {op,         weights,        scales,            zeros,      grads,       exp_avg,
+                         exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids,
+                         stats,      group_size,     block};
+    check_lists(lists);
+    check_length(op, "proj_codes", proj_codes.size(), weights.size());
+    check_length(op, "proj_scales", proj_scales.size(), weights.size());
+    check_length(op, "proj_zeros", proj_zeros.size(), weights.size());
+    check_length(op, "sides", sides.size(), weights.size());
+    if (proj_block < 1 || proj_block > INT_MAX) {
+        refuse({op, "proj_block"}, "from 1 to 2147483647", std::to_string(proj_block));
+    }
+    std::vector<qg_step_task> tasks(weights.size());
+    for (size_t i = 0; i < weights.size(); i++) {
+        const int64_t index = static_cast<int64_t>(i);
+        if (sides[i] != QG_RIGHT && sides[i] != QG_LEFT) {
+            refuse({op, "sides", index}, "0 (right) or 1 (left)", std::to_string(sides[i]));
+        }
+        check_tensor({op, "weights", index}, weights[i], WEIGHTS, {-1, -1});
+        const bool right = sides[i] == QG_RIGHT;
+        const int64_t rows = weights[i].size(0), cols = weights[i].size(1);
+        const int64_t dim = right ? cols : rows, other = right ? rows : cols;
+        qg_step_task &task = tasks[i];
+        task = {};
+        task.side = static_cast<qg_side>(sides[i]);
+        task.low_rank_gradient = low_rank;
+        task.weight = weight_of(lists, i, rows, cols);
+
+        const bool is_float = proj_format == QG_FLOAT32;
+        const int64_t row_bytes = proj_format == QG_INT4 ? (dim + 1) / 2 : dim;
+        check_tensor({op, "proj_codes", index}, proj_codes[i], {is_float ? ScalarType::Float : ScalarType::Byte},
+                     {-1, row_bytes});
+        const int64_t rank = proj_codes[i].size(0);
+        if (!is_float) {
+            const std::vector<int64_t> per_block = {rank, blocks(dim, proj_block)};
+            check_tensor({op, "proj_scales", index}, proj_scales[i], {ScalarType::BFloat16}, per_block);
+            check_tensor({op, "proj_zeros", index}, proj_zeros[i], {ScalarType::Byte}, per_block);
+        }
+        task.projector = {proj_codes[i].data_ptr(),
+                          static_cast<uint16_t *>(proj_scales[i].data_ptr()),
+                          static_cast<uint8_t *>(proj_zeros[i].data_ptr()),
+                          rank,
+                          dim,
+                          static_cast<int32_t>(proj_block),
+                          static_cast<qg_format>(proj_format)};
+
+        const std::vector<int64_t> projected = {rank, other};
+        check_tensor({op, "grads", index}, grads[i], FLOATS, low_rank ? projected : sizes_of(weights[i]));
+        task.moments = moments_of(lists, i, projected, rank, other);
+        fill_common(lists, i, task);
+    }
+    const qg_step_params params = {sizeof(qg_step_params), stochastic_round, lr, beta1, beta2, eps, weight_decay,
+                                   scale, static_cast<uint64_t>(seed), static_cast<qg_format>(compute_format)};
+    const int64_t count = static_cast<int64_t>(tasks.size());
+    size_t bytes = 0;
+    check_status(op, qg_galore_scratch_size(tasks.data(), count, &params, &bytes));
+    const Tensor scratch = scratch_of(bytes);
+    check_status(op,
+                 qg_galore_step(tasks.data(), count, &params, scratch.data_ptr(), bytes, backend(), torch_linalg()));
+}
+
+} // namespace qg

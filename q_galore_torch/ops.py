@@ -1,0 +1,538 @@
+"""One typed function for each compiled operator, with the fake that checks shapes and devices for tracing.
+
+The definition of each is in :mod:`q_galore_torch.reference`, under the same name and with the same arguments. The ops
+write the tensors they are given and do not touch autograd's version counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+SIMD_LEVELS = ("scalar", "avx2", "avx512")
+PROJ_FORMATS = {"float32": 0, "int8": 16, "int4": 17}
+RIGHT, LEFT = 0, 1
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_COMPUTE = {"float32": 0, "bfloat16": 1}
+_op = torch.ops.q_galore
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def core_version() -> str:
+    """Version of the compiled C core."""
+    return _C.core_version
+
+
+def simd_level() -> str:
+    """The SIMD level of the CPU kernels in use: ``"scalar"``, ``"avx2"`` or ``"avx512"``."""
+    return SIMD_LEVELS[_op.simd_level()]
+
+
+def simd_levels() -> list[str]:
+    """The SIMD levels that this machine can run."""
+    return list(SIMD_LEVELS[: _op.best_simd_level() + 1])
+
+
+def set_simd_level(level: str) -> None:
+    """Choose the CPU kernels for this process; every level gives the same bits.
+
+    The environment variable ``Q_GALORE_SIMD`` does the same from outside.
+
+    Raises:
+        ValueError: ``level`` is unknown or this machine does not have it.
+    """
+    if level not in SIMD_LEVELS:
+        raise ValueError(f"level must be one of {', '.join(SIMD_LEVELS)}, got {level!r}")
+    _op.set_simd_level(SIMD_LEVELS.index(level))
+
+
+# ---------------------------------------------------------------- formats
+
+
+def noise(seed: int, id: int, step: int, start: int, count: int) -> Tensor:
+    """The 24-bit uniform integers of elements ``start .. start + count``.
+
+    Args:
+        seed: any 64-bit integer.
+        id: number of the parameter, 32 bits.
+        step: step of that parameter, >= 0.
+        start: first flat element index.
+        count: how many.
+
+    Returns:
+        int32 tensor [count] on the CPU, each in [0, 2**24): a function of the arguments alone.
+    """
+    return _op.noise(seed, id, step, start, count)
+
+
+def absmax(tensors: Sequence[Tensor]) -> Tensor:
+    """max |x| of each float tensor: float32 [len], infinity where any element is not finite, 0 where there is none."""
+    if not tensors:
+        return torch.zeros(0)
+    return _op.absmax(list(tensors))
+
+
+def int8_quantize(weight: Tensor, group_size: int = 256) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode a weight to INT8, rounding to nearest.
+
+    Args:
+        weight: float32, bfloat16 or float16, any shape, contiguous, finite.
+        group_size: consecutive elements that share a scale and a zero point; the last group may be short.
+
+    Returns:
+        codes uint8 [weight.shape], scales float32 [groups], zero points int16 [groups], with
+        ``weight = scales * (codes - zeros)``.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    return _op.int8_quantize(weight, group_size)
+
+
+def int8_dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """Decode an INT8 weight to ``dtype`` (float32, bfloat16 or float16), shape of ``codes``."""
+    return _op.int8_dequantize(codes, scales, zeros, group_size, _float_code(dtype))
+
+
+def projector_quantize(basis: Tensor, proj_format: str, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Encode basis vectors, one a row.
+
+    Args:
+        basis: float32 [r, d], contiguous, finite.
+        proj_format: ``"float32"``, ``"int8"`` or ``"int4"``.
+        block: elements of a row that share a scale; a block never crosses a row.
+
+    Returns:
+        codes (float32 [r, d], uint8 [r, d] or uint8 [r, ceil(d / 2)] with even columns in the low nibble),
+        scales bfloat16 [r, ceil(d / block)], zero points uint8 [r, ceil(d / block)]; both empty for float32.
+    """
+    return _op.projector_quantize(basis, _proj_code(proj_format), block)
+
+
+def projector_dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    proj_format: str,
+    block: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Decode basis vectors to ``dtype`` (float32 or bfloat16), [r, dim]."""
+    return _op.projector_dequantize(codes, scales, zeros, _proj_code(proj_format), block, dim, _float_code(dtype))
+
+
+def dynamic8_quantize(x: Tensor, signed: bool, block: int = 256) -> tuple[Tensor, Tensor]:
+    """Encode the rows of a matrix to the 8-bit dynamic map: the nearest entry, ties to the lower code.
+
+    Args:
+        x: float32 [rows, cols], contiguous.
+        signed: the signed map (first moment) or the unsigned one (second moment).
+        block: elements of a row that share an absmax.
+
+    Returns:
+        codes uint8 [rows, cols], absmax float32 [rows, ceil(cols / block)].
+    """
+    return _op.dynamic8_quantize(x, signed, block)
+
+
+def dynamic8_dequantize(codes: Tensor, absmax: Tensor, signed: bool, block: int = 256) -> Tensor:
+    """Decode the dynamic map to float32, shape of ``codes`` [rows, cols]."""
+    return _op.dynamic8_dequantize(codes, absmax, signed, block)
+
+
+# ---------------------------------------------------------------- steps
+
+
+def adam8_step_(
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    exp_avg_absmax: Sequence[Tensor],
+    exp_avg_sq_absmax: Sequence[Tensor],
+    bias_steps: Sequence[int],
+    noise_steps: Sequence[int],
+    ids: Sequence[int],
+    stats: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int,
+    stochastic_round: bool = True,
+    group_size: int = 256,
+    block: int = 256,
+) -> None:
+    """AdamW in place: ``W <- W (1 - lr weight_decay) - lr N`` for each weight of a list (algorithm: AdamW; 8-bit Adam).
+
+    Args:
+        weights: float32, bfloat16, float16, or uint8 codes of INT8 weights; contiguous, any shape.
+        scales, zeros: float32 and int16 [groups] of INT8 weights; empty tensors for float weights.
+        grads: float tensors of the weights' shapes, finite with |g| <= 1e18 (see :func:`absmax`).
+        exp_avg, exp_avg_sq: the moments, float32 or uint8 (dynamic map), of the weights' shapes. Blocks run along the
+            flat weight.
+        exp_avg_absmax, exp_avg_sq_absmax: float32 [ceil(numel / block)] of uint8 moments, else empty.
+        bias_steps: updates counted by the bias correction, this one included.
+        noise_steps, ids: step and number of each parameter, which with ``seed`` decide the rounding.
+        stats: int64 [len, 2]; groups shifted and groups re-ranged are added.
+        stochastic_round: round INT8 and bfloat16 weights stochastically instead of to nearest.
+        group_size: elements in a group of the INT8 weights.
+        block: elements in a block of the moments.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape or value. Nothing has been written then.
+    """
+    _op.adam8_step_(
+        list(weights),
+        list(scales),
+        list(zeros),
+        list(grads),
+        list(exp_avg),
+        list(exp_avg_sq),
+        list(exp_avg_absmax),
+        list(exp_avg_sq_absmax),
+        list(bias_steps),
+        list(noise_steps),
+        list(ids),
+        stats,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        seed,
+        stochastic_round,
+        group_size,
+        block,
+    )
+
+
+def galore_step_(
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    exp_avg_absmax: Sequence[Tensor],
+    exp_avg_sq_absmax: Sequence[Tensor],
+    proj_codes: Sequence[Tensor],
+    proj_scales: Sequence[Tensor],
+    proj_zeros: Sequence[Tensor],
+    sides: Sequence[int],
+    bias_steps: Sequence[int],
+    noise_steps: Sequence[int],
+    ids: Sequence[int],
+    stats: Tensor,
+    *,
+    proj_format: str,
+    proj_block: int,
+    low_rank: bool,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    seed: int,
+    stochastic_round: bool = True,
+    group_size: int = 256,
+    block: int = 256,
+    compute_dtype: str = "float32",
+) -> None:
+    """Projected AdamW in place: ``W <- W (1 - lr weight_decay) - lr scale U`` for each m x n matrix of a list.
+
+    Right (side 0): P is r x n, ``R = P G^T`` is r x m, ``U = N^T P``. Left (side 1): P is r x m, ``R = P G`` is r x n,
+    ``U = P^T N``. N is Adam's direction of R (GaLore, arXiv 2403.03507, section 4; Q-GaLore, arXiv 2407.08296).
+
+    Args:
+        weights, scales, zeros, bias_steps, noise_steps, ids, stats: as in :func:`adam8_step_`.
+        grads: G of the weight's shape, or R [r, k] when ``low_rank``.
+        exp_avg, exp_avg_sq: moments of R's shape [r, k]; blocks run along a row and never cross it.
+        exp_avg_absmax, exp_avg_sq_absmax: float32 [r, ceil(k / block)] of uint8 moments, else empty.
+        proj_codes, proj_scales, proj_zeros: as :func:`projector_quantize` gives them.
+        sides: 0 (right) or 1 (left) for each matrix.
+        scale: GaLore's alpha.
+        compute_dtype: ``"float32"`` or ``"bfloat16"``, of the GEMMs.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape or value. Nothing has been written then.
+    """
+    if compute_dtype not in _COMPUTE:
+        raise ValueError(f"compute_dtype must be 'float32' or 'bfloat16', got {compute_dtype!r}")
+    _op.galore_step_(
+        list(weights),
+        list(scales),
+        list(zeros),
+        list(grads),
+        list(exp_avg),
+        list(exp_avg_sq),
+        list(exp_avg_absmax),
+        list(exp_avg_sq_absmax),
+        list(proj_codes),
+        list(proj_scales),
+        list(proj_zeros),
+        list(sides),
+        list(bias_steps),
+        list(noise_steps),
+        list(ids),
+        stats,
+        _proj_code(proj_format),
+        proj_block,
+        low_rank,
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        scale,
+        seed,
+        stochastic_round,
+        group_size,
+        block,
+        _COMPUTE[compute_dtype],
+    )
+
+
+def _float_code(dtype: torch.dtype) -> int:
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    return _DTYPES[dtype]
+
+
+def _proj_code(proj_format: str) -> int:
+    if proj_format not in PROJ_FORMATS:
+        raise ValueError(f"proj_format must be one of {', '.join(PROJ_FORMATS)}, got {proj_format!r}")
+    return PROJ_FORMATS[proj_format]
+
+
+# ---------------------------------------------------------------- fakes
+
+
+def _blocks(count: int, block: int) -> int:
+    return (count + block - 1) // block
+
+
+def _check(tensor: Tensor, name: str, like: Tensor, dtypes: tuple[torch.dtype, ...], shape: Sequence[int]) -> None:
+    torch._check(tensor.device == like.device, lambda: f"{name}: expected {like.device}, got {tensor.device}")
+    torch._check(tensor.dtype in dtypes, lambda: f"{name}: expected {dtypes}, got {tensor.dtype}")
+    torch._check(
+        tuple(tensor.shape) == tuple(shape), lambda: f"{name}: expected {list(shape)}, got {list(tensor.shape)}"
+    )
+
+
+def _float_of(code: int) -> torch.dtype:
+    return {number: dtype for dtype, number in _DTYPES.items()}[code]
+
+
+@torch.library.register_fake("q_galore::noise")
+def _(seed: int, id: int, step: int, start: int, count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int32)
+
+
+@torch.library.register_fake("q_galore::absmax")
+def _(tensors: list[Tensor]) -> Tensor:
+    for i, x in enumerate(tensors):
+        _check(x, f"tensors[{i}]", tensors[0], tuple(_DTYPES), x.shape)
+    return tensors[0].new_empty(len(tensors), dtype=torch.float32)
+
+
+@torch.library.register_fake("q_galore::int8_quantize")
+def _(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check(weight, "weight", weight, tuple(_DTYPES), weight.shape)
+    groups = _blocks(weight.numel(), group_size)
+    return (
+        weight.new_empty(weight.shape, dtype=torch.uint8),
+        weight.new_empty(groups, dtype=torch.float32),
+        weight.new_empty(groups, dtype=torch.int16),
+    )
+
+
+@torch.library.register_fake("q_galore::int8_dequantize")
+def _(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, format: int) -> Tensor:
+    groups = _blocks(codes.numel(), group_size)
+    _check(codes, "codes", codes, (torch.uint8,), codes.shape)
+    _check(scales, "scales", codes, (torch.float32,), [groups])
+    _check(zeros, "zeros", codes, (torch.int16,), [groups])
+    return codes.new_empty(codes.shape, dtype=_float_of(format))
+
+
+def _check_projector(codes: Tensor, scales: Tensor, zeros: Tensor, format: int, block: int, dim: int) -> None:
+    if format == PROJ_FORMATS["float32"]:
+        _check(codes, "projector codes", codes, (torch.float32,), [codes.shape[0], dim])
+        return
+    width = (dim + 1) // 2 if format == PROJ_FORMATS["int4"] else dim
+    per_block = [codes.shape[0], _blocks(dim, block)]
+    _check(codes, "projector codes", codes, (torch.uint8,), [codes.shape[0], width])
+    _check(scales, "projector scales", codes, (torch.bfloat16,), per_block)
+    _check(zeros, "projector zeros", codes, (torch.uint8,), per_block)
+
+
+@torch.library.register_fake("q_galore::projector_quantize")
+def _(basis: Tensor, format: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check(basis, "basis", basis, (torch.float32,), basis.shape)
+    rank, dim = basis.shape
+    if format == PROJ_FORMATS["float32"]:
+        return (
+            torch.empty_like(basis),
+            basis.new_empty(0, dtype=torch.bfloat16),
+            basis.new_empty(0, dtype=torch.uint8),
+        )
+    width = (dim + 1) // 2 if format == PROJ_FORMATS["int4"] else dim
+    per_block = (rank, _blocks(dim, block))
+    return (
+        basis.new_empty((rank, width), dtype=torch.uint8),
+        basis.new_empty(per_block, dtype=torch.bfloat16),
+        basis.new_empty(per_block, dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("q_galore::projector_dequantize")
+def _(codes: Tensor, scales: Tensor, zeros: Tensor, format: int, block: int, dim: int, target_format: int) -> Tensor:
+    _check_projector(codes, scales, zeros, format, block, dim)
+    return codes.new_empty((codes.shape[0], dim), dtype=_float_of(target_format))
+
+
+@torch.library.register_fake("q_galore::dynamic8_quantize")
+def _(x: Tensor, is_signed: bool, block: int) -> tuple[Tensor, Tensor]:
+    rows, cols = x.shape
+    _check(x, "x", x, (torch.float32,), [rows, cols])
+    return x.new_empty((rows, cols), dtype=torch.uint8), x.new_empty((rows, _blocks(cols, block)))
+
+
+@torch.library.register_fake("q_galore::dynamic8_dequantize")
+def _(codes: Tensor, absmax: Tensor, is_signed: bool, block: int) -> Tensor:
+    rows, cols = codes.shape
+    _check(codes, "codes", codes, (torch.uint8,), [rows, cols])
+    _check(absmax, "absmax", codes, (torch.float32,), [rows, _blocks(cols, block)])
+    return codes.new_empty((rows, cols), dtype=torch.float32)
+
+
+_WEIGHTS = (*_DTYPES, torch.uint8)
+
+
+def _check_task(
+    i: int,
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    grad: Tensor,
+    grad_shape: Sequence[int],
+    moments: tuple[Tensor, Tensor],
+    absmaxes: tuple[Tensor, Tensor],
+    moment_shape: Sequence[int],
+    absmax_shape: Sequence[int],
+    group_size: int,
+) -> None:
+    _check(weight, f"weights[{i}]", weight, _WEIGHTS, weight.shape)
+    if weight.dtype == torch.uint8:
+        groups = [_blocks(weight.numel(), group_size)]
+        _check(scales, f"scales[{i}]", weight, (torch.float32,), groups)
+        _check(zeros, f"zeros[{i}]", weight, (torch.int16,), groups)
+    _check(grad, f"grads[{i}]", weight, tuple(_DTYPES), grad_shape)
+    for moment, maxima in zip(moments, absmaxes, strict=True):
+        _check(moment, f"moments[{i}]", weight, (torch.float32, torch.uint8), moment_shape)
+        if moment.dtype == torch.uint8:
+            _check(maxima, f"absmax[{i}]", weight, (torch.float32,), absmax_shape)
+
+
+def _check_lengths(count: int, *lists: Sequence[object]) -> None:
+    for one in lists:
+        torch._check(len(one) == count, lambda: f"expected lists of {count}, got one of {len(one)}")
+
+
+@torch.library.register_fake("q_galore::adam8_step_")
+def _(
+    weights: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    exp_avg_absmax: list[Tensor],
+    exp_avg_sq_absmax: list[Tensor],
+    bias_steps: list[int],
+    noise_steps: list[int],
+    ids: list[int],
+    stats: Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    seed: int,
+    stochastic_round: bool,
+    group_size: int,
+    block: int,
+) -> None:
+    lists = (scales, zeros, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids)
+    _check_lengths(len(weights), *lists)
+    _check(stats, "stats", stats, (torch.int64,), [len(weights), 2])
+    for i, weight in enumerate(weights):
+        moments, maxima = (exp_avg[i], exp_avg_sq[i]), (exp_avg_absmax[i], exp_avg_sq_absmax[i])
+        flat = [_blocks(weight.numel(), block)]
+        shape = weight.shape
+        _check_task(i, weight, scales[i], zeros[i], grads[i], shape, moments, maxima, shape, flat, group_size)
+
+
+@torch.library.register_fake("q_galore::galore_step_")
+def _(
+    weights: list[Tensor],
+    scales: list[Tensor],
+    zeros: list[Tensor],
+    grads: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    exp_avg_absmax: list[Tensor],
+    exp_avg_sq_absmax: list[Tensor],
+    proj_codes: list[Tensor],
+    proj_scales: list[Tensor],
+    proj_zeros: list[Tensor],
+    sides: list[int],
+    bias_steps: list[int],
+    noise_steps: list[int],
+    ids: list[int],
+    stats: Tensor,
+    proj_format: int,
+    proj_block: int,
+    low_rank: bool,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    scale: float,
+    seed: int,
+    stochastic_round: bool,
+    group_size: int,
+    block: int,
+    compute_format: int,
+) -> None:
+    lists = (scales, zeros, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids)
+    _check_lengths(len(weights), *lists, proj_codes, proj_scales, proj_zeros, sides)
+    _check(stats, "stats", stats, (torch.int64,), [len(weights), 2])
+    for i, weight in enumerate(weights):
+        rows, cols = weight.shape
+        dim, other = (cols, rows) if sides[i] == RIGHT else (rows, cols)
+        _check_projector(proj_codes[i], proj_scales[i], proj_zeros[i], proj_format, proj_block, dim)
+        torch._check(proj_codes[i].device == weight.device, lambda: "projector: expected the weight's device")
+        rank = proj_codes[i].shape[0]
+        moments, maxima = (exp_avg[i], exp_avg_sq[i]), (exp_avg_absmax[i], exp_avg_sq_absmax[i])
+        projected = [rank, other]
+        grad_shape = projected if low_rank else weight.shape
+        per_block = [rank, _blocks(other, block)]
+        _check_task(
+            i, weight, scales[i], zeros[i], grads[i], grad_shape, moments, maxima, projected, per_block, group_size
+        )
