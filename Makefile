@@ -14,6 +14,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check install --no-build-isolation
 STAMPS := $(VENV)/.stamps
+MAKEFLAGS += --no-print-directory
 CSRC := $(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cpp' \
 	-o -name '*.cu' -o -name '*.cuh' \) -print)
 
