@@ -58,8 +58,8 @@ const char *qg_last_error(void);
  * consecutive elements: w = scales[g] * (codes[i] - zeros[g]). scales and zeros are NULL unless the format is INT8. */
 typedef struct qg_weight {
     void *data;
-    float *scales;   /* [ceil(rows cols / group_size)] */
-    int16_t *zeros;  /* [ceil(rows cols / group_size)] */
+    float *scales;  /* [ceil(rows cols / group_size)] */
+    int16_t *zeros; /* [ceil(rows cols / group_size)] */
     int64_t rows;
     int64_t cols;
     int32_t group_size;
@@ -126,7 +126,7 @@ qg_status qg_cpu_backend(qg_simd level, const qg_backend **backend);
 
 /* out[i] = the 24-bit uniform integer of element start + i: a function of (seed, id, step, element) alone. */
 qg_status qg_noise(
-    int32_t *out,   /* [count] */
+    int32_t *out, /* [count] */
     uint64_t seed,
     uint32_t id,
     uint64_t step,
@@ -138,7 +138,11 @@ qg_status qg_noise(
 
 /* Encode `source` (source_format: FLOAT32, BFLOAT16 or FLOAT16; same shape) as the INT8 weight, rounding to nearest.
  * A value that is not finite: INVALID_ARGUMENT, and nothing is written. */
-qg_status qg_int8_quantize(const qg_weight *weight, const void *source, qg_format source_format, const qg_backend *backend);
+qg_status qg_int8_quantize(
+    const qg_weight *weight,
+    const void *source,
+    qg_format source_format,
+    const qg_backend *backend);
 
 /* Decode an INT8 weight to `target` (FLOAT32, BFLOAT16 or FLOAT16, rounded to nearest even). */
 qg_status qg_int8_dequantize(const qg_weight *weight, void *target, qg_format target_format, const qg_backend *backend);
@@ -147,12 +151,16 @@ qg_status qg_int8_dequantize(const qg_weight *weight, void *target, qg_format ta
 qg_status qg_projector_quantize(const qg_projector *projector, const float *source, const qg_backend *backend);
 
 /* Decode basis vectors [rank, dim] to FLOAT32 or BFLOAT16. */
-qg_status qg_projector_dequantize(const qg_projector *projector, void *target, qg_format target_format, const qg_backend *backend);
+qg_status qg_projector_dequantize(
+    const qg_projector *projector,
+    void *target,
+    qg_format target_format,
+    const qg_backend *backend);
 
 /* Encode float32 [rows, cols] to the dynamic map (nearest entry, ties to the lower code), one absmax a block of a row. */
 qg_status qg_dynamic8_quantize(
-    uint8_t *codes,  /* [rows, cols] */
-    float *absmax,   /* [rows, ceil(cols / block)] */
+    uint8_t *codes, /* [rows, cols] */
+    float *absmax,  /* [rows, ceil(cols / block)] */
     const float *source,
     int64_t rows,
     int64_t cols,
@@ -161,7 +169,7 @@ qg_status qg_dynamic8_quantize(
     const qg_backend *backend);
 
 qg_status qg_dynamic8_dequantize(
-    float *target,   /* [rows, cols] */
+    float *target, /* [rows, cols] */
     const uint8_t *codes,
     const float *absmax,
     int64_t rows,
@@ -183,9 +191,9 @@ typedef struct qg_step_params {
     double beta2;
     double eps;
     double weight_decay;
-    double scale;             /* alpha of the back-projected update; adam8 uses it too (1 for ordinary parameters) */
+    double scale; /* alpha of the back-projected update; adam8 uses it too (1 for ordinary parameters) */
     uint64_t seed;
-    qg_format gemm_format;    /* FLOAT32 or BFLOAT16; galore only */
+    qg_format gemm_format; /* FLOAT32 or BFLOAT16; galore only */
 } qg_step_params;
 
 /* One parameter of a step. `gradient` has the weight's shape (grad_format FLOAT32, BFLOAT16 or FLOAT16) or, for a
@@ -195,15 +203,15 @@ typedef struct qg_step_params {
 typedef struct qg_step_task {
     qg_weight weight;
     qg_moments moments;
-    qg_projector projector;   /* galore only */
+    qg_projector projector; /* galore only */
     const void *gradient;
     qg_format grad_format;
-    qg_side side;             /* galore only */
+    qg_side side; /* galore only */
     int32_t low_rank_gradient;
-    uint32_t id;              /* noise: the parameter's number */
-    int64_t noise_step;       /* noise: the step of that parameter */
-    int64_t bias_step;        /* bias correction: updates since the moments were last reset */
-    int64_t *stats;           /* [2] or NULL: groups shifted, groups re-ranged are added here (INT8 weights) */
+    uint32_t id;        /* noise: the parameter's number */
+    int64_t noise_step; /* noise: the step of that parameter */
+    int64_t bias_step;  /* bias correction: updates since the moments were last reset */
+    int64_t *stats;     /* [2] or NULL: groups shifted, groups re-ranged are added here (INT8 weights) */
 } qg_step_task;
 
 /* Scratch for a list of tasks: the largest task's need, not the sum. */

@@ -1,7 +1,7 @@
-"""One typed function for each compiled operator, with the fake that checks shapes and devices for tracing.
+"""One typed function for each compiled operator.
 
-The definition of each is in :mod:`q_galore_torch.reference`, under the same name and with the same arguments. The ops
-write the tensors they are given and do not touch autograd's version counters.
+The definition of each is in :mod:`q_galore_torch.reference`, under the same name and with the same arguments; the fakes
+for tracing are in ``_fakes``. The ops write the tensors they are given and do not touch autograd's version counters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SIMD_LEVELS = ("scalar", "avx2", "avx512")
 PROJ_FORMATS = {"float32": 0, "int8": 16, "int4": 17}
 RIGHT, LEFT = 0, 1
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FLOAT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _COMPUTE = {"float32": 0, "bfloat16": 1}
 _op = torch.ops.q_galore
 
@@ -307,9 +307,9 @@ def galore_step_(
 
 
 def _float_code(dtype: torch.dtype) -> int:
-    if dtype not in _DTYPES:
+    if dtype not in FLOAT_FORMATS:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
-    return _DTYPES[dtype]
+    return FLOAT_FORMATS[dtype]
 
 
 def _proj_code(proj_format: str) -> int:
@@ -318,221 +318,4 @@ def _proj_code(proj_format: str) -> int:
     return PROJ_FORMATS[proj_format]
 
 
-# ---------------------------------------------------------------- fakes
-
-
-def _blocks(count: int, block: int) -> int:
-    return (count + block - 1) // block
-
-
-def _check(tensor: Tensor, name: str, like: Tensor, dtypes: tuple[torch.dtype, ...], shape: Sequence[int]) -> None:
-    torch._check(tensor.device == like.device, lambda: f"{name}: expected {like.device}, got {tensor.device}")
-    torch._check(tensor.dtype in dtypes, lambda: f"{name}: expected {dtypes}, got {tensor.dtype}")
-    torch._check(
-        tuple(tensor.shape) == tuple(shape), lambda: f"{name}: expected {list(shape)}, got {list(tensor.shape)}"
-    )
-
-
-def _float_of(code: int) -> torch.dtype:
-    return {number: dtype for dtype, number in _DTYPES.items()}[code]
-
-
-@torch.library.register_fake("q_galore::noise")
-def _(seed: int, id: int, step: int, start: int, count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.int32)
-
-
-@torch.library.register_fake("q_galore::absmax")
-def _(tensors: list[Tensor]) -> Tensor:
-    for i, x in enumerate(tensors):
-        _check(x, f"tensors[{i}]", tensors[0], tuple(_DTYPES), x.shape)
-    return tensors[0].new_empty(len(tensors), dtype=torch.float32)
-
-
-@torch.library.register_fake("q_galore::int8_quantize")
-def _(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check(weight, "weight", weight, tuple(_DTYPES), weight.shape)
-    groups = _blocks(weight.numel(), group_size)
-    return (
-        weight.new_empty(weight.shape, dtype=torch.uint8),
-        weight.new_empty(groups, dtype=torch.float32),
-        weight.new_empty(groups, dtype=torch.int16),
-    )
-
-
-@torch.library.register_fake("q_galore::int8_dequantize")
-def _(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, format: int) -> Tensor:
-    groups = _blocks(codes.numel(), group_size)
-    _check(codes, "codes", codes, (torch.uint8,), codes.shape)
-    _check(scales, "scales", codes, (torch.float32,), [groups])
-    _check(zeros, "zeros", codes, (torch.int16,), [groups])
-    return codes.new_empty(codes.shape, dtype=_float_of(format))
-
-
-def _check_projector(codes: Tensor, scales: Tensor, zeros: Tensor, format: int, block: int, dim: int) -> None:
-    if format == PROJ_FORMATS["float32"]:
-        _check(codes, "projector codes", codes, (torch.float32,), [codes.shape[0], dim])
-        return
-    width = (dim + 1) // 2 if format == PROJ_FORMATS["int4"] else dim
-    per_block = [codes.shape[0], _blocks(dim, block)]
-    _check(codes, "projector codes", codes, (torch.uint8,), [codes.shape[0], width])
-    _check(scales, "projector scales", codes, (torch.bfloat16,), per_block)
-    _check(zeros, "projector zeros", codes, (torch.uint8,), per_block)
-
-
-@torch.library.register_fake("q_galore::projector_quantize")
-def _(basis: Tensor, format: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check(basis, "basis", basis, (torch.float32,), basis.shape)
-    rank, dim = basis.shape
-    if format == PROJ_FORMATS["float32"]:
-        return (
-            torch.empty_like(basis),
-            basis.new_empty(0, dtype=torch.bfloat16),
-            basis.new_empty(0, dtype=torch.uint8),
-        )
-    width = (dim + 1) // 2 if format == PROJ_FORMATS["int4"] else dim
-    per_block = (rank, _blocks(dim, block))
-    return (
-        basis.new_empty((rank, width), dtype=torch.uint8),
-        basis.new_empty(per_block, dtype=torch.bfloat16),
-        basis.new_empty(per_block, dtype=torch.uint8),
-    )
-
-
-@torch.library.register_fake("q_galore::projector_dequantize")
-def _(codes: Tensor, scales: Tensor, zeros: Tensor, format: int, block: int, dim: int, target_format: int) -> Tensor:
-    _check_projector(codes, scales, zeros, format, block, dim)
-    return codes.new_empty((codes.shape[0], dim), dtype=_float_of(target_format))
-
-
-@torch.library.register_fake("q_galore::dynamic8_quantize")
-def _(x: Tensor, is_signed: bool, block: int) -> tuple[Tensor, Tensor]:
-    rows, cols = x.shape
-    _check(x, "x", x, (torch.float32,), [rows, cols])
-    return x.new_empty((rows, cols), dtype=torch.uint8), x.new_empty((rows, _blocks(cols, block)))
-
-
-@torch.library.register_fake("q_galore::dynamic8_dequantize")
-def _(codes: Tensor, absmax: Tensor, is_signed: bool, block: int) -> Tensor:
-    rows, cols = codes.shape
-    _check(codes, "codes", codes, (torch.uint8,), [rows, cols])
-    _check(absmax, "absmax", codes, (torch.float32,), [rows, _blocks(cols, block)])
-    return codes.new_empty((rows, cols), dtype=torch.float32)
-
-
-_WEIGHTS = (*_DTYPES, torch.uint8)
-
-
-def _check_task(
-    i: int,
-    weight: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    grad: Tensor,
-    grad_shape: Sequence[int],
-    moments: tuple[Tensor, Tensor],
-    absmaxes: tuple[Tensor, Tensor],
-    moment_shape: Sequence[int],
-    absmax_shape: Sequence[int],
-    group_size: int,
-) -> None:
-    _check(weight, f"weights[{i}]", weight, _WEIGHTS, weight.shape)
-    if weight.dtype == torch.uint8:
-        groups = [_blocks(weight.numel(), group_size)]
-        _check(scales, f"scales[{i}]", weight, (torch.float32,), groups)
-        _check(zeros, f"zeros[{i}]", weight, (torch.int16,), groups)
-    _check(grad, f"grads[{i}]", weight, tuple(_DTYPES), grad_shape)
-    for moment, maxima in zip(moments, absmaxes, strict=True):
-        _check(moment, f"moments[{i}]", weight, (torch.float32, torch.uint8), moment_shape)
-        if moment.dtype == torch.uint8:
-            _check(maxima, f"absmax[{i}]", weight, (torch.float32,), absmax_shape)
-
-
-def _check_lengths(count: int, *lists: Sequence[object]) -> None:
-    for one in lists:
-        torch._check(len(one) == count, lambda: f"expected lists of {count}, got one of {len(one)}")
-
-
-@torch.library.register_fake("q_galore::adam8_step_")
-def _(
-    weights: list[Tensor],
-    scales: list[Tensor],
-    zeros: list[Tensor],
-    grads: list[Tensor],
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    exp_avg_absmax: list[Tensor],
-    exp_avg_sq_absmax: list[Tensor],
-    bias_steps: list[int],
-    noise_steps: list[int],
-    ids: list[int],
-    stats: Tensor,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    seed: int,
-    stochastic_round: bool,
-    group_size: int,
-    block: int,
-) -> None:
-    lists = (scales, zeros, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids)
-    _check_lengths(len(weights), *lists)
-    _check(stats, "stats", stats, (torch.int64,), [len(weights), 2])
-    for i, weight in enumerate(weights):
-        moments, maxima = (exp_avg[i], exp_avg_sq[i]), (exp_avg_absmax[i], exp_avg_sq_absmax[i])
-        flat = [_blocks(weight.numel(), block)]
-        shape = weight.shape
-        _check_task(i, weight, scales[i], zeros[i], grads[i], shape, moments, maxima, shape, flat, group_size)
-
-
-@torch.library.register_fake("q_galore::galore_step_")
-def _(
-    weights: list[Tensor],
-    scales: list[Tensor],
-    zeros: list[Tensor],
-    grads: list[Tensor],
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    exp_avg_absmax: list[Tensor],
-    exp_avg_sq_absmax: list[Tensor],
-    proj_codes: list[Tensor],
-    proj_scales: list[Tensor],
-    proj_zeros: list[Tensor],
-    sides: list[int],
-    bias_steps: list[int],
-    noise_steps: list[int],
-    ids: list[int],
-    stats: Tensor,
-    proj_format: int,
-    proj_block: int,
-    low_rank: bool,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    seed: int,
-    stochastic_round: bool,
-    group_size: int,
-    block: int,
-    compute_format: int,
-) -> None:
-    lists = (scales, zeros, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids)
-    _check_lengths(len(weights), *lists, proj_codes, proj_scales, proj_zeros, sides)
-    _check(stats, "stats", stats, (torch.int64,), [len(weights), 2])
-    for i, weight in enumerate(weights):
-        rows, cols = weight.shape
-        dim, other = (cols, rows) if sides[i] == RIGHT else (rows, cols)
-        _check_projector(proj_codes[i], proj_scales[i], proj_zeros[i], proj_format, proj_block, dim)
-        torch._check(proj_codes[i].device == weight.device, lambda: "projector: expected the weight's device")
-        rank = proj_codes[i].shape[0]
-        moments, maxima = (exp_avg[i], exp_avg_sq[i]), (exp_avg_absmax[i], exp_avg_sq_absmax[i])
-        projected = [rank, other]
-        grad_shape = projected if low_rank else weight.shape
-        per_block = [rank, _blocks(other, block)]
-        _check_task(
-            i, weight, scales[i], zeros[i], grads[i], grad_shape, moments, maxima, projected, per_block, group_size
-        )
+from . import _fakes as _fakes  # noqa: E402  registers the fakes of the ops above

@@ -64,7 +64,12 @@ const qg_linalg *torch_linalg();
 extern const std::initializer_list<ScalarType> FLOATS;
 
 std::tuple<Tensor, Tensor, Tensor> int8_quantize(const Tensor &weight, int64_t group_size);
-Tensor int8_dequantize(const Tensor &codes, const Tensor &scales, const Tensor &zeros, int64_t group_size, int64_t format);
+Tensor int8_dequantize(
+    const Tensor &codes,
+    const Tensor &scales,
+    const Tensor &zeros,
+    int64_t group_size,
+    int64_t format);
 std::tuple<Tensor, Tensor, Tensor> projector_quantize(const Tensor &basis, int64_t format, int64_t block);
 Tensor projector_dequantize(
     const Tensor &codes,

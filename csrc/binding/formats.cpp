@@ -18,13 +18,8 @@ void check_positive(const Argument &argument, int64_t value) {
 }
 
 qg_weight weight_view(const Tensor &codes, const Tensor &scales, const Tensor &zeros, int64_t group_size) {
-    return {codes.data_ptr(),
-            static_cast<float *>(scales.data_ptr()),
-            static_cast<int16_t *>(zeros.data_ptr()),
-            1,
-            codes.numel(),
-            static_cast<int32_t>(group_size),
-            QG_INT8};
+    return {codes.data_ptr(), static_cast<float *>(scales.data_ptr()), static_cast<int16_t *>(zeros.data_ptr()), 1,
+        codes.numel(), static_cast<int32_t>(group_size), QG_INT8};
 }
 
 qg_projector projector_view(
@@ -34,13 +29,8 @@ qg_projector projector_view(
     int64_t format,
     int64_t block,
     int64_t dim) {
-    return {codes.data_ptr(),
-            static_cast<uint16_t *>(scales.data_ptr()),
-            static_cast<uint8_t *>(zeros.data_ptr()),
-            codes.size(0),
-            dim,
-            static_cast<int32_t>(block),
-            static_cast<qg_format>(format)};
+    return {codes.data_ptr(), static_cast<uint16_t *>(scales.data_ptr()), static_cast<uint8_t *>(zeros.data_ptr()),
+        codes.size(0), dim, static_cast<int32_t>(block), static_cast<qg_format>(format)};
 }
 
 } // namespace
@@ -126,10 +116,11 @@ std::tuple<Tensor, Tensor> dynamic8_quantize(const Tensor &x, bool is_signed, in
     const int64_t rows = x.size(0), cols = x.size(1);
     Tensor codes = empty({rows, cols}, ScalarType::Byte);
     Tensor maxima = empty({rows, blocks(cols, block)}, ScalarType::Float);
-    check_status(op, qg_dynamic8_quantize(static_cast<uint8_t *>(codes.data_ptr()),
-                                          static_cast<float *>(maxima.data_ptr()),
-                                          static_cast<const float *>(x.data_ptr()), rows, cols,
-                                          static_cast<int32_t>(block), is_signed, backend()));
+    check_status(
+        op,
+        qg_dynamic8_quantize(
+            static_cast<uint8_t *>(codes.data_ptr()), static_cast<float *>(maxima.data_ptr()),
+            static_cast<const float *>(x.data_ptr()), rows, cols, static_cast<int32_t>(block), is_signed, backend()));
     return {codes, maxima};
 }
 
@@ -140,10 +131,11 @@ Tensor dynamic8_dequantize(const Tensor &codes, const Tensor &maxima, bool is_si
     const int64_t rows = codes.size(0), cols = codes.size(1);
     check_tensor({op, "absmax"}, maxima, {ScalarType::Float}, {rows, blocks(cols, block)});
     Tensor out = empty({rows, cols}, ScalarType::Float);
-    check_status(op, qg_dynamic8_dequantize(static_cast<float *>(out.data_ptr()),
-                                            static_cast<const uint8_t *>(codes.data_ptr()),
-                                            static_cast<const float *>(maxima.data_ptr()), rows, cols,
-                                            static_cast<int32_t>(block), is_signed, backend()));
+    check_status(
+        op, qg_dynamic8_dequantize(
+                static_cast<float *>(out.data_ptr()), static_cast<const uint8_t *>(codes.data_ptr()),
+                static_cast<const float *>(maxima.data_ptr()), rows, cols, static_cast<int32_t>(block), is_signed,
+                backend()));
     return out;
 }
 
@@ -153,8 +145,8 @@ Tensor absmax(const Tensors &tensors) {
     float *values = static_cast<float *>(out.data_ptr());
     for (size_t i = 0; i < tensors.size(); i++) {
         check_tensor({op, "tensors", static_cast<int64_t>(i)}, tensors[i], FLOATS);
-        check_status(op, qg_absmax(&values[i], tensors[i].data_ptr(), float_format(tensors[i]), tensors[i].numel(),
-                                   backend()));
+        check_status(
+            op, qg_absmax(&values[i], tensors[i].data_ptr(), float_format(tensors[i]), tensors[i].numel(), backend()));
     }
     return out;
 }
@@ -162,13 +154,16 @@ Tensor absmax(const Tensors &tensors) {
 Tensor noise(int64_t seed, int64_t id, int64_t step, int64_t start, int64_t count) {
     const char *op = "noise";
     if (count < 0 || start < 0 || step < 0 || id < 0 || id > UINT32_MAX) {
-        refuse({op, "arguments"}, "count, start, step >= 0 and id in 32 bits",
-               std::to_string(count) + ", " + std::to_string(start) + ", " + std::to_string(step) + ", " +
-                   std::to_string(id));
+        refuse(
+            {op, "arguments"}, "count, start, step >= 0 and id in 32 bits",
+            std::to_string(count) + ", " + std::to_string(start) + ", " + std::to_string(step) + ", " +
+                std::to_string(id));
     }
     Tensor out = empty({count}, ScalarType::Int);
-    check_status(op, qg_noise(static_cast<int32_t *>(out.data_ptr()), static_cast<uint64_t>(seed),
-                              static_cast<uint32_t>(id), static_cast<uint64_t>(step), start, count, backend()));
+    check_status(
+        op, qg_noise(
+                static_cast<int32_t *>(out.data_ptr()), static_cast<uint64_t>(seed), static_cast<uint32_t>(id),
+                static_cast<uint64_t>(step), start, count, backend()));
     return out;
 }
 

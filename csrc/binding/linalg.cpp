@@ -13,8 +13,8 @@ class View {
     View(const void *data, qg_format format, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
         const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
         const int32_t dtype = format == QG_FLOAT32 ? aoti_torch_dtype_float32() : aoti_torch_dtype_bfloat16();
-        status_ = aoti_torch_create_tensor_from_blob(const_cast<void *>(data), 2, sizes, strides, 0, dtype,
-                                                     aoti_torch_device_type_cpu(), 0, &handle_);
+        status_ = aoti_torch_create_tensor_from_blob(
+            const_cast<void *>(data), 2, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), 0, &handle_);
     }
     ~View() {
         if (status_ == AOTI_TORCH_SUCCESS) {

@@ -15,76 +15,80 @@ STABLE_TORCH_LIBRARY(q_galore, library) {
     library.def("noise(int seed, int id, int step, int start, int count) -> Tensor");
     library.def("absmax(Tensor[] tensors) -> Tensor");
     library.def("int8_quantize(Tensor weight, int group_size) -> (Tensor, Tensor, Tensor)");
-    library.def("int8_dequantize("
-                "Tensor codes, "
-                "Tensor scales, "
-                "Tensor zeros, "
-                "int group_size, "
-                "int format) -> Tensor");
+    library.def(
+        "int8_dequantize("
+        "Tensor codes, "
+        "Tensor scales, "
+        "Tensor zeros, "
+        "int group_size, "
+        "int format) -> Tensor");
     library.def("projector_quantize(Tensor basis, int format, int block) -> (Tensor, Tensor, Tensor)");
-    library.def("projector_dequantize("
-                "Tensor codes, "
-                "Tensor scales, "
-                "Tensor zeros, "
-                "int format, "
-                "int block, "
-                "int dim, "
-                "int target_format) -> Tensor");
+    library.def(
+        "projector_dequantize("
+        "Tensor codes, "
+        "Tensor scales, "
+        "Tensor zeros, "
+        "int format, "
+        "int block, "
+        "int dim, "
+        "int target_format) -> Tensor");
     library.def("dynamic8_quantize(Tensor x, bool is_signed, int block) -> (Tensor, Tensor)");
     library.def("dynamic8_dequantize(Tensor codes, Tensor absmax, bool is_signed, int block) -> Tensor");
-    library.def("adam8_step_("
-                "Tensor(a!)[] weights, "
-                "Tensor(b!)[] scales, "
-                "Tensor(c!)[] zeros, "
-                "Tensor[] grads, "
-                "Tensor(d!)[] exp_avg, "
-                "Tensor(e!)[] exp_avg_sq, "
-                "Tensor(f!)[] exp_avg_absmax, "
-                "Tensor(g!)[] exp_avg_sq_absmax, "
-                "int[] bias_steps, "
-                "int[] noise_steps, "
-                "int[] ids, "
-                "Tensor(h!) stats, "
-                "float lr, "
-                "float beta1, "
-                "float beta2, "
-                "float eps, "
-                "float weight_decay, "
-                "int seed, "
-                "bool stochastic_round, "
-                "int group_size, "
-                "int block) -> ()");
-    library.def("galore_step_("
-                "Tensor(a!)[] weights, "
-                "Tensor(b!)[] scales, "
-                "Tensor(c!)[] zeros, "
-                "Tensor[] grads, "
-                "Tensor(d!)[] exp_avg, "
-                "Tensor(e!)[] exp_avg_sq, "
-                "Tensor(f!)[] exp_avg_absmax, "
-                "Tensor(g!)[] exp_avg_sq_absmax, "
-                "Tensor[] proj_codes, "
-                "Tensor[] proj_scales, "
-                "Tensor[] proj_zeros, "
-                "int[] sides, "
-                "int[] bias_steps, "
-                "int[] noise_steps, "
-                "int[] ids, "
-                "Tensor(h!) stats, "
-                "int proj_format, "
-                "int proj_block, "
-                "bool low_rank, "
-                "float lr, "
-                "float beta1, "
-                "float beta2, "
-                "float eps, "
-                "float weight_decay, "
-                "float scale, "
-                "int seed, "
-                "bool stochastic_round, "
-                "int group_size, "
-                "int block, "
-                "int compute_format) -> ()");
+    library.def(
+        "adam8_step_("
+        "Tensor(a!)[] weights, "
+        "Tensor(b!)[] scales, "
+        "Tensor(c!)[] zeros, "
+        "Tensor[] grads, "
+        "Tensor(d!)[] exp_avg, "
+        "Tensor(e!)[] exp_avg_sq, "
+        "Tensor(f!)[] exp_avg_absmax, "
+        "Tensor(g!)[] exp_avg_sq_absmax, "
+        "int[] bias_steps, "
+        "int[] noise_steps, "
+        "int[] ids, "
+        "Tensor(h!) stats, "
+        "float lr, "
+        "float beta1, "
+        "float beta2, "
+        "float eps, "
+        "float weight_decay, "
+        "int seed, "
+        "bool stochastic_round, "
+        "int group_size, "
+        "int block) -> ()");
+    library.def(
+        "galore_step_("
+        "Tensor(a!)[] weights, "
+        "Tensor(b!)[] scales, "
+        "Tensor(c!)[] zeros, "
+        "Tensor[] grads, "
+        "Tensor(d!)[] exp_avg, "
+        "Tensor(e!)[] exp_avg_sq, "
+        "Tensor(f!)[] exp_avg_absmax, "
+        "Tensor(g!)[] exp_avg_sq_absmax, "
+        "Tensor[] proj_codes, "
+        "Tensor[] proj_scales, "
+        "Tensor[] proj_zeros, "
+        "int[] sides, "
+        "int[] bias_steps, "
+        "int[] noise_steps, "
+        "int[] ids, "
+        "Tensor(h!) stats, "
+        "int proj_format, "
+        "int proj_block, "
+        "bool low_rank, "
+        "float lr, "
+        "float beta1, "
+        "float beta2, "
+        "float eps, "
+        "float weight_decay, "
+        "float scale, "
+        "int seed, "
+        "bool stochastic_round, "
+        "int group_size, "
+        "int block, "
+        "int compute_format) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(q_galore, CompositeExplicitAutograd, library) {
@@ -108,7 +112,8 @@ STABLE_TORCH_LIBRARY_IMPL(q_galore, CPU, library) {
 
 // Importing the module registers the ops; it holds nothing but the version of the C core.
 extern "C" __attribute__((visibility("default"))) PyObject *PyInit__C(void) {
-    static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+    static PyModuleDef definition = {
+        PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
     PyObject *module = PyModule_Create(&definition);
     if (module != nullptr && PyModule_AddStringConstant(module, "core_version", qg_version()) != 0) {
         Py_DECREF(module);

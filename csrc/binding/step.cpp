@@ -6,8 +6,8 @@
 namespace qg {
 namespace {
 
-const std::initializer_list<ScalarType> WEIGHTS = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half,
-                                                   ScalarType::Byte};
+const std::initializer_list<ScalarType> WEIGHTS = {
+    ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Byte};
 
 // The lists that both ops share, with the size of a group and of a moment block.
 struct Lists {
@@ -72,7 +72,7 @@ qg_moments moments_of(const Lists &l, size_t i, const std::vector<int64_t> &size
     check_tensor({l.op, "exp_avg", index}, l.exp_avg[i], {ScalarType::Float, ScalarType::Byte}, sizes);
     check_tensor({l.op, "exp_avg_sq", index}, l.exp_avg_sq[i], {l.exp_avg[i].scalar_type()}, sizes);
     qg_moments moments = {l.exp_avg[i].data_ptr(), l.exp_avg_sq[i].data_ptr(), nullptr, nullptr,
-                          static_cast<int32_t>(l.block), QG_FLOAT32};
+        static_cast<int32_t>(l.block), QG_FLOAT32};
     if (l.exp_avg[i].scalar_type() == ScalarType::Byte) {
         const int64_t row_blocks = blocks(cols, l.block);
         std::vector<int64_t> expected = {row_blocks};
@@ -136,9 +136,8 @@ void adam8_step(
     int64_t group_size,
     int64_t block) {
     const char *op = "adam8_step_";
-    const Lists lists = {op,         weights,        scales,            zeros,      grads,       exp_avg,
-                         exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids,
-                         stats,      group_size,     block};
+    const Lists lists = {op, weights, scales, zeros, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax,
+        bias_steps, noise_steps, ids, stats, group_size, block};
     check_lists(lists);
     std::vector<qg_step_task> tasks(weights.size());
     for (size_t i = 0; i < weights.size(); i++) {
@@ -151,7 +150,7 @@ void adam8_step(
         fill_common(lists, i, task);
     }
     const qg_step_params params = {sizeof(qg_step_params), stochastic_round, lr, beta1, beta2, eps, weight_decay, 1.0,
-                                   static_cast<uint64_t>(seed), QG_FLOAT32};
+        static_cast<uint64_t>(seed), QG_FLOAT32};
     const int64_t count = static_cast<int64_t>(tasks.size());
     size_t bytes = 0;
     check_status(op, qg_adam8_scratch_size(tasks.data(), count, &params, backend(), &bytes));
@@ -191,9 +190,8 @@ void galore_step(
     int64_t block,
     int64_t compute_format) {
     const char *op = "galore_step_";
-    const Lists lists = {op,         weights,        scales,            zeros,      grads,       exp_avg,
-                         exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids,
-                         stats,      group_size,     block};
+    const Lists lists = {op, weights, scales, zeros, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax,
+        bias_steps, noise_steps, ids, stats, group_size, block};
     check_lists(lists);
     check_length(op, "proj_codes", proj_codes.size(), weights.size());
     check_length(op, "proj_scales", proj_scales.size(), weights.size());
@@ -220,35 +218,32 @@ void galore_step(
 
         const bool is_float = proj_format == QG_FLOAT32;
         const int64_t row_bytes = proj_format == QG_INT4 ? (dim + 1) / 2 : dim;
-        check_tensor({op, "proj_codes", index}, proj_codes[i], {is_float ? ScalarType::Float : ScalarType::Byte},
-                     {-1, row_bytes});
+        check_tensor(
+            {op, "proj_codes", index}, proj_codes[i], {is_float ? ScalarType::Float : ScalarType::Byte},
+            {-1, row_bytes});
         const int64_t rank = proj_codes[i].size(0);
         if (!is_float) {
             const std::vector<int64_t> per_block = {rank, blocks(dim, proj_block)};
             check_tensor({op, "proj_scales", index}, proj_scales[i], {ScalarType::BFloat16}, per_block);
             check_tensor({op, "proj_zeros", index}, proj_zeros[i], {ScalarType::Byte}, per_block);
         }
-        task.projector = {proj_codes[i].data_ptr(),
-                          static_cast<uint16_t *>(proj_scales[i].data_ptr()),
-                          static_cast<uint8_t *>(proj_zeros[i].data_ptr()),
-                          rank,
-                          dim,
-                          static_cast<int32_t>(proj_block),
-                          static_cast<qg_format>(proj_format)};
+        task.projector = {proj_codes[i].data_ptr(), static_cast<uint16_t *>(proj_scales[i].data_ptr()),
+            static_cast<uint8_t *>(proj_zeros[i].data_ptr()), rank, dim, static_cast<int32_t>(proj_block),
+            static_cast<qg_format>(proj_format)};
 
         const std::vector<int64_t> projected = {rank, other};
         check_tensor({op, "grads", index}, grads[i], FLOATS, low_rank ? projected : sizes_of(weights[i]));
         task.moments = moments_of(lists, i, projected, rank, other);
         fill_common(lists, i, task);
     }
-    const qg_step_params params = {sizeof(qg_step_params), stochastic_round, lr, beta1, beta2, eps, weight_decay,
-                                   scale, static_cast<uint64_t>(seed), static_cast<qg_format>(compute_format)};
+    const qg_step_params params = {sizeof(qg_step_params), stochastic_round, lr, beta1, beta2, eps, weight_decay, scale,
+        static_cast<uint64_t>(seed), static_cast<qg_format>(compute_format)};
     const int64_t count = static_cast<int64_t>(tasks.size());
     size_t bytes = 0;
     check_status(op, qg_galore_scratch_size(tasks.data(), count, &params, &bytes));
     const Tensor scratch = scratch_of(bytes);
-    check_status(op,
-                 qg_galore_step(tasks.data(), count, &params, scratch.data_ptr(), bytes, backend(), torch_linalg()));
+    check_status(
+        op, qg_galore_step(tasks.data(), count, &params, scratch.data_ptr(), bytes, backend(), torch_linalg()));
 }
 
 } // namespace qg

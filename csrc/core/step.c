@@ -12,11 +12,12 @@
 #include <stdint.h>
 
 #include "core/backend.h"
+#include "core/check.h"
 #include "core/status.h"
 
 enum {
-    TILE_ROWS = 256,     /* rows of W updated at a time, before alignment to blocks and groups */
-    BASIS_ROWS = 128,    /* basis vectors decoded at a time when projecting on the left */
+    TILE_ROWS = 256,       /* rows of W updated at a time, before alignment to blocks and groups */
+    BASIS_ROWS = 128,      /* basis vectors decoded at a time when projecting on the left */
     CHUNK_ELEMENTS = 4096, /* elements of an unprojected weight that one thread handles at a time, before alignment */
     ALIGNMENT = 64
 };
@@ -135,131 +136,8 @@ static plan make_plan(const qg_step_task *task, const qg_step_params *params) {
     return p;
 }
 
-/* ---------------------------------------------------------------- checks */
-
-static qg_status check_params(const qg_step_params *params) {
-    if (params == NULL || params->struct_size != sizeof *params) {
-        return qg_fail(QG_INVALID_ARGUMENT, "params: expected a qg_step_params with struct_size %zu", sizeof *params);
-    }
-    if (!(params->beta1 >= 0.0 && params->beta1 < 1.0) || !(params->beta2 >= 0.0 && params->beta2 < 1.0)) {
-        return qg_fail(QG_INVALID_ARGUMENT, "betas: expected [0, 1), got (%g, %g)", params->beta1, params->beta2);
-    }
-    double rate = params->lr * params->scale;
-    double decay = params->lr * params->weight_decay;
-    if (!(rate - rate == 0.0) || !(decay - decay == 0.0) || !(params->eps >= 0.0)) {
-        return qg_fail(QG_INVALID_ARGUMENT, "lr, scale, weight_decay and eps must be finite and eps >= 0, got %g, %g, %g, %g",
-                       params->lr, params->scale, params->weight_decay, params->eps);
-    }
-    return QG_SUCCESS;
-}
-
-static qg_status check_weight(const qg_weight *weight, int64_t index) {
-    if (weight->rows < 0 || weight->cols < 0) {
-        return qg_fail(QG_INVALID_ARGUMENT, "weight %lld: expected sizes >= 0, got %lld x %lld", (long long)index,
-                       (long long)weight->rows, (long long)weight->cols);
-    }
-    if (weight->rows == 0 || weight->cols == 0) {
-        return QG_SUCCESS;
-    }
-    if (weight->data == NULL) {
-        return qg_fail(QG_INVALID_ARGUMENT, "weight %lld: data is NULL", (long long)index);
-    }
-    switch (weight->format) {
-    case QG_FLOAT32:
-    case QG_BFLOAT16:
-    case QG_FLOAT16:
-        return QG_SUCCESS;
-    case QG_INT8:
-        if (weight->group_size < 1 || weight->scales == NULL || weight->zeros == NULL) {
-            return qg_fail(QG_INVALID_ARGUMENT, "weight %lld: INT8 needs scales, zeros and group_size >= 1, got %d",
-                           (long long)index, (int)weight->group_size);
-        }
-        return QG_SUCCESS;
-    default:
-        return qg_fail(QG_UNSUPPORTED, "weight %lld: format %d cannot be trained", (long long)index, (int)weight->format);
-    }
-}
-
-static qg_status check_moments(const qg_moments *moments, int64_t index) {
-    if (moments->exp_avg == NULL || moments->exp_avg_sq == NULL) {
-        return qg_fail(QG_INVALID_ARGUMENT, "moments %lld: exp_avg or exp_avg_sq is NULL", (long long)index);
-    }
-    switch (moments->format) {
-    case QG_FLOAT32:
-        return QG_SUCCESS;
-    case QG_DYNAMIC8:
-        if (moments->block < 1 || moments->exp_avg_absmax == NULL || moments->exp_avg_sq_absmax == NULL) {
-            return qg_fail(QG_INVALID_ARGUMENT, "moments %lld: DYNAMIC8 needs both absmax arrays and block >= 1, got %d",
-                           (long long)index, (int)moments->block);
-        }
-        return QG_SUCCESS;
-    default:
-        return qg_fail(QG_UNSUPPORTED, "moments %lld: format %d holds no moments", (long long)index, (int)moments->format);
-    }
-}
-
-static qg_status check_projection(const qg_step_task *task, int64_t index) {
-    const qg_projector *projector = &task->projector;
-    if (task->side != QG_RIGHT && task->side != QG_LEFT) {
-        return qg_fail(QG_UNSUPPORTED, "task %lld: side %d is neither right (0) nor left (1)", (long long)index,
-                       (int)task->side);
-    }
-    int64_t dim = task->side == QG_RIGHT ? task->weight.cols : task->weight.rows;
-    if (projector->rank < 1 || projector->dim != dim || projector->codes == NULL) {
-        return qg_fail(QG_INVALID_ARGUMENT, "projector %lld: expected rank >= 1 vectors of length %lld, got %lld of %lld",
-                       (long long)index, (long long)dim, (long long)projector->rank, (long long)projector->dim);
-    }
-    switch (projector->format) {
-    case QG_FLOAT32:
-        return QG_SUCCESS;
-    case QG_INT8:
-    case QG_INT4:
-        if (projector->block < 1 || projector->scales == NULL || projector->zeros == NULL) {
-            return qg_fail(QG_INVALID_ARGUMENT, "projector %lld: expected scales, zeros and block >= 1, got %d",
-                           (long long)index, (int)projector->block);
-        }
-        return QG_SUCCESS;
-    default:
-        return qg_fail(QG_UNSUPPORTED, "projector %lld: format %d holds no basis", (long long)index,
-                       (int)projector->format);
-    }
-}
-
 static int is_empty(const qg_step_task *task) {
     return task->weight.rows == 0 || task->weight.cols == 0;
-}
-
-static qg_status check_task(const qg_step_task *task, int64_t index, int projected) {
-    qg_status status = check_weight(&task->weight, index);
-    if (status != QG_SUCCESS || is_empty(task)) {
-        return status;
-    }
-    if ((status = check_moments(&task->moments, index)) != QG_SUCCESS) {
-        return status;
-    }
-    if (task->gradient == NULL) {
-        return qg_fail(QG_INVALID_ARGUMENT, "gradient %lld is NULL", (long long)index);
-    }
-    if (task->grad_format != QG_FLOAT32 && task->grad_format != QG_BFLOAT16 && task->grad_format != QG_FLOAT16) {
-        return qg_fail(QG_UNSUPPORTED, "gradient %lld: format %d is not a float format", (long long)index,
-                       (int)task->grad_format);
-    }
-    if (task->bias_step < 1 || task->noise_step < 0) {
-        return qg_fail(QG_INVALID_ARGUMENT, "task %lld: expected bias_step >= 1 and noise_step >= 0, got %lld and %lld",
-                       (long long)index, (long long)task->bias_step, (long long)task->noise_step);
-    }
-    return projected ? check_projection(task, index) : QG_SUCCESS;
-}
-
-static qg_status check_list(const qg_step_task *tasks, int64_t count, const qg_step_params *params, int projected) {
-    if (count < 0 || (count > 0 && tasks == NULL)) {
-        return qg_fail(QG_INVALID_ARGUMENT, "tasks: expected count >= 0 and a list, got %lld", (long long)count);
-    }
-    qg_status status = check_params(params);
-    for (int64_t i = 0; status == QG_SUCCESS && i < count; i++) {
-        status = check_task(&tasks[i], i, projected);
-    }
-    return status;
 }
 
 static qg_status check_scratch(const void *scratch, size_t have, size_t need) {
@@ -277,7 +155,7 @@ qg_status qg_adam8_scratch_size(
     const qg_step_params *params,
     const qg_backend *backend,
     size_t *bytes) {
-    qg_status status = check_list(tasks, count, params, 0);
+    qg_status status = qg_check_tasks(tasks, count, params, 0);
     if (status != QG_SUCCESS) {
         return status;
     }
@@ -315,8 +193,9 @@ qg_status qg_adam8_step(
         }
         qg_adam_coefficients adam = adam_coefficients(params, task->bias_step);
         qg_noise_stream stream = noise_stream(params, task);
-        backend->adam_update(&task->weight, &task->moments, task->gradient, task->grad_format, &adam, &update, &stream,
-                             task->stats, adam8_chunk(task), align(scratch));
+        backend->adam_update(
+            &task->weight, &task->moments, task->gradient, task->grad_format, &adam, &update, &stream, task->stats,
+            adam8_chunk(task), align(scratch));
     }
     return QG_SUCCESS;
 }
@@ -356,8 +235,9 @@ static qg_status gemm(
     int64_t b_col_stride,
     void *c,
     int64_t c_row_stride) {
-    return j->linalg->gemm(j->linalg->context, j->gemm_format, m, n, k, a, a_row_stride, a_col_stride, b, b_row_stride,
-                           b_col_stride, c, c_row_stride);
+    return j->linalg->gemm(
+        j->linalg->context, j->gemm_format, m, n, k, a, a_row_stride, a_col_stride, b, b_row_stride, b_col_stride, c,
+        c_row_stride);
 }
 
 /* Where R goes when it comes out of a GEMM: N's own place, or the bfloat16 buffer. */
@@ -376,8 +256,9 @@ static const void *normalise(const job *j, int64_t first, int64_t cols) {
         format = task->grad_format;
         stride = j->plan.other;
     }
-    j->backend->adam(&task->moments, j->plan.other, j->plan.rank, first, cols, gradient, format, stride, j->normalised,
-                     cols, &j->adam);
+    j->backend->adam(
+        &task->moments, j->plan.other, j->plan.rank, first, cols, gradient, format, stride, j->normalised, cols,
+        &j->adam);
     if (j->rounded == NULL) {
         return j->normalised;
     }
@@ -387,8 +268,9 @@ static const void *normalise(const job *j, int64_t first, int64_t cols) {
 
 static void update_rows(const job *j, int64_t first_row, int64_t rows) {
     const qg_weight *weight = &j->task->weight;
-    j->backend->update(weight, first_row * weight->cols, rows * weight->cols, j->tile, j->gemm_format, &j->update,
-                       &j->stream, j->task->stats);
+    j->backend->update(
+        weight, first_row * weight->cols, rows * weight->cols, j->tile, j->gemm_format, &j->update, &j->stream,
+        j->task->stats);
 }
 
 static qg_status step_right(const job *j) {
@@ -471,8 +353,12 @@ static qg_status step_left(const job *j) {
     return QG_SUCCESS;
 }
 
-qg_status qg_galore_scratch_size(const qg_step_task *tasks, int64_t count, const qg_step_params *params, size_t *bytes) {
-    qg_status status = check_list(tasks, count, params, 1);
+qg_status qg_galore_scratch_size(
+    const qg_step_task *tasks,
+    int64_t count,
+    const qg_step_params *params,
+    size_t *bytes) {
+    qg_status status = qg_check_tasks(tasks, count, params, 1);
     if (status != QG_SUCCESS) {
         return status;
     }

@@ -1,0 +1,134 @@
+/* check.c - every argument of a step is checked before the first byte is written; each failure is one sentence. */
+#include "core/check.h"
+
+#include "core/status.h"
+
+static qg_status check_params(const qg_step_params *params) {
+    if (params == NULL || params->struct_size != sizeof *params) {
+        return qg_fail(QG_INVALID_ARGUMENT, "params: expected a qg_step_params with struct_size %zu", sizeof *params);
+    }
+    if (!(params->beta1 >= 0.0 && params->beta1 < 1.0) || !(params->beta2 >= 0.0 && params->beta2 < 1.0)) {
+        return qg_fail(QG_INVALID_ARGUMENT, "betas: expected [0, 1), got (%g, %g)", params->beta1, params->beta2);
+    }
+    double rate = params->lr * params->scale;
+    double decay = params->lr * params->weight_decay;
+    if (!(rate - rate == 0.0) || !(decay - decay == 0.0) || !(params->eps >= 0.0)) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "lr, scale, weight_decay and eps must be finite and eps >= 0, got %g, %g, %g, %g",
+            params->lr, params->scale, params->weight_decay, params->eps);
+    }
+    return QG_SUCCESS;
+}
+
+static qg_status check_weight(const qg_weight *weight, int64_t index) {
+    if (weight->rows < 0 || weight->cols < 0) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "weight %lld: expected sizes >= 0, got %lld x %lld", (long long)index,
+            (long long)weight->rows, (long long)weight->cols);
+    }
+    if (weight->rows == 0 || weight->cols == 0) {
+        return QG_SUCCESS;
+    }
+    if (weight->data == NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "weight %lld: data is NULL", (long long)index);
+    }
+    switch (weight->format) {
+    case QG_FLOAT32:
+    case QG_BFLOAT16:
+    case QG_FLOAT16:
+        return QG_SUCCESS;
+    case QG_INT8:
+        if (weight->group_size < 1 || weight->scales == NULL || weight->zeros == NULL) {
+            return qg_fail(
+                QG_INVALID_ARGUMENT, "weight %lld: INT8 needs scales, zeros and group_size >= 1, got %d",
+                (long long)index, (int)weight->group_size);
+        }
+        return QG_SUCCESS;
+    default:
+        return qg_fail(
+            QG_UNSUPPORTED, "weight %lld: format %d cannot be trained", (long long)index, (int)weight->format);
+    }
+}
+
+static qg_status check_moments(const qg_moments *moments, int64_t index) {
+    if (moments->exp_avg == NULL || moments->exp_avg_sq == NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "moments %lld: exp_avg or exp_avg_sq is NULL", (long long)index);
+    }
+    switch (moments->format) {
+    case QG_FLOAT32:
+        return QG_SUCCESS;
+    case QG_DYNAMIC8:
+        if (moments->block < 1 || moments->exp_avg_absmax == NULL || moments->exp_avg_sq_absmax == NULL) {
+            return qg_fail(
+                QG_INVALID_ARGUMENT, "moments %lld: DYNAMIC8 needs both absmax arrays and block >= 1, got %d",
+                (long long)index, (int)moments->block);
+        }
+        return QG_SUCCESS;
+    default:
+        return qg_fail(
+            QG_UNSUPPORTED, "moments %lld: format %d holds no moments", (long long)index, (int)moments->format);
+    }
+}
+
+static qg_status check_projection(const qg_step_task *task, int64_t index) {
+    const qg_projector *projector = &task->projector;
+    if (task->side != QG_RIGHT && task->side != QG_LEFT) {
+        return qg_fail(
+            QG_UNSUPPORTED, "task %lld: side %d is neither right (0) nor left (1)", (long long)index, (int)task->side);
+    }
+    int64_t dim = task->side == QG_RIGHT ? task->weight.cols : task->weight.rows;
+    if (projector->rank < 1 || projector->dim != dim || projector->codes == NULL) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "projector %lld: expected rank >= 1 vectors of length %lld, got %lld of %lld",
+            (long long)index, (long long)dim, (long long)projector->rank, (long long)projector->dim);
+    }
+    switch (projector->format) {
+    case QG_FLOAT32:
+        return QG_SUCCESS;
+    case QG_INT8:
+    case QG_INT4:
+        if (projector->block < 1 || projector->scales == NULL || projector->zeros == NULL) {
+            return qg_fail(
+                QG_INVALID_ARGUMENT, "projector %lld: expected scales, zeros and block >= 1, got %d", (long long)index,
+                (int)projector->block);
+        }
+        return QG_SUCCESS;
+    default:
+        return qg_fail(
+            QG_UNSUPPORTED, "projector %lld: format %d holds no basis", (long long)index, (int)projector->format);
+    }
+}
+
+static qg_status check_task(const qg_step_task *task, int64_t index, int projected) {
+    qg_status status = check_weight(&task->weight, index);
+    if (status != QG_SUCCESS || task->weight.rows == 0 || task->weight.cols == 0) {
+        return status;
+    }
+    if ((status = check_moments(&task->moments, index)) != QG_SUCCESS) {
+        return status;
+    }
+    if (task->gradient == NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "gradient %lld is NULL", (long long)index);
+    }
+    if (task->grad_format != QG_FLOAT32 && task->grad_format != QG_BFLOAT16 && task->grad_format != QG_FLOAT16) {
+        return qg_fail(
+            QG_UNSUPPORTED, "gradient %lld: format %d is not a float format", (long long)index, (int)task->grad_format);
+    }
+    if (task->bias_step < 1 || task->noise_step < 0) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "task %lld: expected bias_step >= 1 and noise_step >= 0, got %lld and %lld",
+            (long long)index, (long long)task->bias_step, (long long)task->noise_step);
+    }
+    return projected ? check_projection(task, index) : QG_SUCCESS;
+}
+
+qg_status qg_check_tasks(const qg_step_task *tasks, int64_t count, const qg_step_params *params, int projected) {
+    if (count < 0 || (count > 0 && tasks == NULL)) {
+        return qg_fail(QG_INVALID_ARGUMENT, "tasks: expected count >= 0 and a list, got %lld", (long long)count);
+    }
+    qg_status status = check_params(params);
+    for (int64_t i = 0; status == QG_SUCCESS && i < count; i++) {
+        status = check_task(&tasks[i], i, projected);
+    }
+    return status;
+}

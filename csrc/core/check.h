@@ -1,0 +1,10 @@
+/* check.h - argument checks of the step functions. */
+#ifndef QG_CORE_CHECK_H
+#define QG_CORE_CHECK_H
+
+#include "q_galore.h"
+
+/* Every task of a step; `projected`: of a galore step, so projector and side are checked too. */
+qg_status qg_check_tasks(const qg_step_task *tasks, int64_t count, const qg_step_params *params, int projected);
+
+#endif

@@ -1,0 +1,103 @@
+"""Schemas, fakes and registrations of every op (torch.library.opcheck), and what tracing refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from q_galore_torch import ops
+from steps import HYPER, fresh_moments, weight_parts
+
+op = torch.ops.q_galore
+HYPER_ORDER = ("lr", "beta1", "beta2", "eps", "weight_decay")
+
+
+def step_arguments(projected: bool, storage: str, moments: str):
+    """Positional arguments of a step op for one 40 x 24 matrix."""
+    shape = (8, 40) if projected else (40, 24)
+    weight = [[x] for x in weight_parts(torch.randn(40, 24), storage)]
+    states = [[x] for x in fresh_moments(shape, moments, 256, by_row=projected)]
+    hyper = [HYPER[name] for name in HYPER_ORDER]
+    stats = torch.zeros(1, 2, dtype=torch.int64)
+    common = [*weight, [torch.randn(40, 24)], *states]
+    if not projected:
+        return (*common, [1], [1], [0], stats, *hyper, 3, True, 256, 256)
+    projector = [[x] for x in ops.projector_quantize(torch.randn(8, 24), "int4", 64)]
+    return (*common, *projector, [0], [1], [1], [0], stats, 17, 64, False, *hyper, 0.25, 3, True, 256, 256, 0)
+
+
+def cases():
+    codes, scales, zeros = ops.int8_quantize(torch.randn(40, 24))
+    projector = ops.projector_quantize(torch.randn(8, 24), "int4", 64)
+    moment = ops.dynamic8_quantize(torch.randn(8, 300), True)
+    yield "noise", op.noise.default, (1, 2, 3, 4, 50)
+    yield "absmax", op.absmax.default, ([torch.randn(5), torch.randn(3, 3).bfloat16()],)
+    yield "int8_quantize", op.int8_quantize.default, (torch.randn(40, 24), 256)
+    yield "int8_dequantize", op.int8_dequantize.default, (codes, scales, zeros, 256, 1)
+    yield "projector_quantize", op.projector_quantize.default, (torch.randn(8, 25), 17, 64)
+    yield "projector_quantize float32", op.projector_quantize.default, (torch.randn(8, 25), 0, 64)
+    yield "projector_dequantize", op.projector_dequantize.default, (*projector, 17, 64, 24, 0)
+    yield "dynamic8_quantize", op.dynamic8_quantize.default, (torch.randn(8, 300), True, 256)
+    yield "dynamic8_dequantize", op.dynamic8_dequantize.default, (*moment, True, 256)
+    for storage in ("float32", "int8"):
+        for moments in ("float32", "dynamic8"):
+            yield f"adam8_step_ {storage} {moments}", op.adam8_step_.default, step_arguments(False, storage, moments)
+            yield f"galore_step_ {storage} {moments}", op.galore_step_.default, step_arguments(True, storage, moments)
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize("name, function, arguments", CASES, ids=[c[0] for c in CASES])
+def test_opcheck(name, function, arguments):
+    torch.library.opcheck(function, arguments)
+
+
+def test_every_op_is_checked():
+    checked = {function._schema.name for _, function, _ in CASES}
+    levels = {f"q_galore::{name}" for name in ("simd_level", "best_simd_level", "set_simd_level")}
+    registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("q_galore::")}
+    assert checked == registered - levels
+
+
+def test_fakes_refuse_wrong_shapes_and_devices():
+    codes, scales, zeros = (x.to("meta") for x in ops.int8_quantize(torch.randn(512)))
+    with pytest.raises(RuntimeError, match=r"scales: expected \[2\], got \[1\]"):
+        ops.int8_dequantize(codes, scales[:1], zeros, 256, torch.float32)
+    with pytest.raises(RuntimeError, match="scales: expected meta, got cpu"):
+        ops.int8_dequantize(codes, torch.zeros(2), zeros, 256, torch.float32)
+    arguments = list(step_arguments(True, "int8", "dynamic8"))
+    arguments = [[x.to("meta") for x in a] if isinstance(a, list) and torch.is_tensor(a[0]) else a for a in arguments]
+    arguments[3] = [torch.randn(24, 40, device="meta")]
+    arguments[15] = arguments[15].to("meta")
+    with pytest.raises(RuntimeError, match=r"grads\[0\]: expected .*40, 24.*, got \[24, 40\]"):
+        op.galore_step_(*arguments)
+
+
+def test_value_errors_come_through_the_binding():
+    """std::invalid_argument is a ValueError in Python: undocumented in torch, relied on here."""
+    with pytest.raises(ValueError, match=r"q_galore::absmax: tensors\[0\] must be contiguous float32"):
+        ops.absmax([torch.zeros(3, dtype=torch.int64)])
+
+
+def test_simd_levels():
+    assert ops.simd_levels()[0] == "scalar"
+    for level in ops.simd_levels():
+        ops.set_simd_level(level)
+        assert ops.simd_level() == level
+    with pytest.raises(ValueError, match="level must be one of scalar, avx2, avx512, got 'neon'"):
+        ops.set_simd_level("neon")
+
+
+def test_absmax():
+    values = [
+        torch.tensor([1.0, -3.0]),
+        torch.zeros(0),
+        torch.tensor([1.0, float("nan")]),
+        torch.full((9,), -torch.inf),
+    ]
+    assert ops.absmax(values).tolist() == [3.0, 0.0, torch.inf, torch.inf]
+    assert ops.absmax([]).shape == (0,)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(10_001).to(dtype)
+        assert ops.absmax([x, x[1:]]).tolist() == [x.float().abs().max().item(), x[1:].float().abs().max().item()]
