@@ -39,7 +39,7 @@ if SANITIZE:
     OPTIMISE += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
 else:
     OPTIMISE = ["-O3", "-g0"]
-COMMON_FLAGS = [*OPTIMISE, "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMMON_FLAGS = [*OPTIMISE, "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra", "-MMD"]
 # -std=c11 and -ffp-contract=off: the same bits at every SIMD level (gnu11 lets gcc contract a * b + c into an FMA).
 # -fno-math-errno: without it sqrtf stays a call, and Adam takes four times as long.
 C_FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-ffp-contract=off", "-fno-math-errno", "-Wpedantic"]
@@ -81,7 +81,16 @@ def cuda_include_flags() -> list[str]:
 
 
 def newest(paths: list[Path]) -> float:
-    return max((p.stat().st_mtime for p in paths), default=0.0)
+    """The latest time at which one of these files changed; a file that is gone counts as changed just now."""
+    return max((p.stat().st_mtime if p.exists() else float("inf") for p in paths), default=0.0)
+
+
+def read_by(obj: Path) -> list[Path]:
+    """The project's files that the compiler read for an object, from the .d file that -MMD left beside it."""
+    rule = obj.with_suffix(".d")
+    if not rule.exists():
+        return [rule]
+    return [Path(word) for word in rule.read_text().partition(":")[2].replace("\\\n", " ").split()]
 
 
 class build_ext(_build_ext):
@@ -102,7 +111,6 @@ class build_ext(_build_ext):
         includes = [torch / "include", torch / "include/torch/csrc/api/include"]
         system = [flag for place in includes for flag in ("-isystem", str(place))]
         macros: list[Any] = [("QG_PACKAGE_VERSION", f'"{self.distribution.get_version()}"'), *ext.define_macros]
-        headers = newest([p for g in ("**/*.h", "**/*.hpp", "**/*.inc") for p in (ROOT / "csrc").glob(g)])
         compile_one = self.compiler._compile
         stale: list[tuple[Any, ...]] = []
 
@@ -120,7 +128,7 @@ class build_ext(_build_ext):
             signature = hashlib.sha256("\n".join([*command, version]).encode()).hexdigest()
             made, note = Path(obj), Path(obj + ".flags")
             same = made.exists() and note.exists() and note.read_text() == signature
-            if same and not self.force and made.stat().st_mtime > max(headers, Path(src).stat().st_mtime):
+            if same and not self.force and made.stat().st_mtime > newest(read_by(made)):
                 return
             stale.append((note, signature, obj, src, kind, cc_args, [*flags, *WERROR], pp))
 

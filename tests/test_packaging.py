@@ -212,6 +212,10 @@ def test_rebuild_compiles_only_what_changed(wheel: Path, unpacked: Path) -> None
     one.touch()
     assert _compiled(unpacked) == [one.relative_to(unpacked).as_posix()]
     assert _compiled(unpacked) == []
+    (unpacked / "csrc" / "core" / "backend.h").touch()
+    kernels = {p.relative_to(unpacked).as_posix() for p in (unpacked / "csrc" / "cpu").glob("*.c")}
+    assert kernels <= set(_compiled(unpacked))
+    assert _compiled(unpacked) == []
 
 
 def test_build_without_torch_says_so(unpacked: Path) -> None:
