@@ -1,0 +1,18 @@
+"""Q-GaLore for PyTorch: INT8 weights, quantised low-rank projections, 8-bit Adam and a low-rank backward."""
+
+from q_galore_torch.nn import QGaLoreLinear, export_model, num_parameters, param_groups, prepare_model
+from q_galore_torch.optim import NonFiniteGradientError, QGaLoreAdamW8bit
+from q_galore_torch.optim.clip import clip_grad_norm_
+
+__version__ = "2.0.0.dev0"
+
+__all__ = [
+    "NonFiniteGradientError",
+    "QGaLoreAdamW8bit",
+    "QGaLoreLinear",
+    "clip_grad_norm_",
+    "export_model",
+    "num_parameters",
+    "param_groups",
+    "prepare_model",
+]

@@ -1,0 +1,106 @@
+"""The forward and backward of :class:`~q_galore_torch.nn.linear.QGaLoreLinear`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from q_galore_torch.subspace import RIGHT
+
+if TYPE_CHECKING:
+    from q_galore_torch.nn.binding import Binding
+    from q_galore_torch.nn.linear import QGaLoreLinear
+
+
+class LinearFunction(torch.autograd.Function):
+    """``y = x W^T + b``; the leaf's gradient is R in low-rank mode, G in full mode.
+
+    W is decoded in the forward and again in the backward, so only its storage is kept in between.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        leaf: Tensor,
+        bias: Tensor | None,
+        stored: Tensor,
+        scales: Tensor | None,
+        zeros: Tensor | None,
+        layer: QGaLoreLinear,
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, stored, scales, zeros)
+        weight = layer.decoded(stored, scales, zeros, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, stored, scales, zeros = ctx.saved_tensors
+        layer: QGaLoreLinear = ctx.layer
+        dtype = grad.dtype if x is None else x.dtype
+        kind = grad.device.type
+        # Autocast would round float32 products if backward() is called inside its block.
+        plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        grad_x = grad_leaf = grad_bias = None
+        with plain:
+            dy = grad.to(dtype).reshape(-1, layer.out_features)
+            if ctx.needs_input_grad[1]:
+                rows = x.reshape(-1, layer.in_features)
+                grad_leaf = full_gradient(rows, dy, layer) if layer.grad_mode == "full" else low_rank(rows, dy, layer)
+            if ctx.needs_input_grad[0]:
+                weight = layer.decoded(stored, scales, zeros, dtype)
+                grad_x = (dy @ weight).view(*grad.shape[:-1], layer.in_features)
+            if ctx.needs_input_grad[2]:
+                grad_bias = dy.sum(0, dtype=ctx.bias_dtype)
+        return grad_x, grad_leaf, grad_bias, None, None, None, None
+
+
+def full_gradient(x: Tensor, dy: Tensor, layer: QGaLoreLinear) -> Tensor:
+    """``G = dY^T X`` in the leaf's dtype."""
+    return (dy.t() @ x).to(layer.leaf.dtype)
+
+
+def low_rank(x: Tensor, dy: Tensor, layer: QGaLoreLinear) -> Tensor:
+    """R of one micro-batch in the leaf's dtype; in a due step G is added to the stash as well.
+
+    Args:
+        x: [T, n].
+        dy: [T, m], same dtype.
+        layer: whose projector is used.
+
+    Returns:
+        ``(X P^T)^T dY`` [r, m] (right) or ``(P dY^T) X`` [r, n] (left): 2 T r (m + n) flops instead of 2 T m n.
+
+    Raises:
+        RuntimeError: no optimizer has been made for the layer.
+    """
+    binding: Binding | None = layer.leaf.binding
+    if binding is None:
+        raise RuntimeError(
+            f"the low-rank backward of {layer.label or 'a QGaLoreLinear'} needs the optimizer's projector; "
+            "create QGaLoreAdamW8bit(param_groups(model, ...)) before the first backward"
+        )
+    basis = binding.basis(x.dtype)
+    m, n, r = layer.out_features, layer.in_features, basis.shape[0]
+    cheaper_full = r * (m + n) > m * n
+    full = dy.t() @ x if binding.due or cheaper_full else None
+    right = binding.side == RIGHT
+    if cheaper_full:
+        assert full is not None
+        projected = basis @ (full.t() if right else full)
+    elif right:
+        projected = (x @ basis.t()).t() @ dy
+    else:
+        projected = (dy @ basis.t()).t() @ x
+    if binding.due:
+        assert full is not None
+        binding.add(full, layer.leaf)
+    return projected.to(layer.leaf.dtype)

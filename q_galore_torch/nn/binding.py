@@ -1,0 +1,65 @@
+"""What the optimizer lends to a low-rank layer for its backward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from q_galore_torch import ops
+
+if TYPE_CHECKING:
+    from q_galore_torch.nn.leaf import ZeroLeaf
+
+
+class Binding:
+    """A layer's projector, and the stash of its full gradient in the steps in which a new basis is due.
+
+    The projector's tensors belong to the optimizer's state and are refreshed in place.
+
+    Attributes:
+        due: the next step ends with a new basis, so that the backward also sums the full gradient.
+        stash: float32 [m, n], the sum over the micro-batches of the window, or None.
+    """
+
+    def __init__(self, state: dict[str, Any], group: dict[str, Any]) -> None:
+        self.codes, self.scales, self.zeros = state["proj_codes"], state["proj_scales"], state["proj_zeros"]
+        self.dim, self.side = state["dim"], state["side"]
+        self.proj_format, self.proj_block = group["proj_format"], group["proj_block"]
+        self.due = False
+        self.stash: Tensor | None = None
+        self._accumulated = False
+        self._hook: RemovableHandle | None = None
+
+    def basis(self, dtype: torch.dtype) -> Tensor:
+        """The decoded basis [r, d]."""
+        direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return ops.projector_dequantize(
+            self.codes, self.scales, self.zeros, self.proj_format, self.proj_block, self.dim, direct
+        ).to(dtype)
+
+    def add(self, gradient: Tensor, leaf: ZeroLeaf) -> None:
+        """Add a micro-batch's full gradient [m, n] to the stash.
+
+        If the leaf's gradient was accumulated and has gone since (``model.zero_grad()``), so has the stash's meaning.
+        """
+        if self._accumulated and leaf.grad is None:
+            self.stash, self._accumulated = None, False
+        if self._hook is None:
+            self._hook = leaf.register_post_accumulate_grad_hook(self._mark)
+        if self.stash is None:
+            self.stash = gradient.float() if gradient.dtype != torch.float32 else gradient
+        else:
+            self.stash.add_(gradient)
+
+    def _mark(self, leaf: Tensor) -> None:
+        self._accumulated = True
+
+    def drop(self) -> None:
+        """Forget the stash; ``due`` stays."""
+        self.stash, self._accumulated = None, False
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None

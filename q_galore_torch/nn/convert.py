@@ -1,0 +1,281 @@
+"""Turning a model's linear layers into QGaLoreLinear and back, and the parameter groups of a prepared model."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from q_galore_torch.nn.leaf import ZeroLeaf
+from q_galore_torch.nn.linear import QGaLoreLinear, check_layer_options
+from q_galore_torch.subspace import side_of
+
+_log = logging.getLogger(__name__)
+
+_ALL = "all-linear"
+_MARK = "_q_galore"
+# Modules that read .weight of their linear children themselves, in a fused path that never calls the child.
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def prepare_model(
+    model: nn.Module,
+    rank: int,
+    target_modules: Sequence[str] | str = ("attn", "mlp"),
+    weight_bits: int | None = 8,
+    group_size: int = 256,
+    grad_mode: str = "low_rank",
+    grad_dtype: str = "float32",
+    proj_type: str = "std",
+    save_projected: bool = True,
+) -> nn.Module:
+    """Replace linear layers by :class:`QGaLoreLinear`, in place.
+
+    Args:
+        model: any module. Only children whose type is exactly ``nn.Linear`` are converted; one that is registered twice
+            is converted once.
+        rank: number of basis vectors r; clipped to min(m, n).
+        target_modules: substrings of qualified names (default ``("attn", "mlp")``), or one string: ``"all-linear"``
+            (every linear layer but the output head) or a regular expression that the whole name must match.
+        weight_bits: 8 (default) quantises the weights, None keeps them as floats.
+        group_size: consecutive weights that share a scale and a zero point, default 256.
+        grad_mode: ``"low_rank"`` (default): the backward computes the projected gradient; ``"full"``: the ordinary one.
+        grad_dtype: dtype of the projected gradient, ``"float32"`` (default) or ``"bfloat16"``.
+        proj_type: ``"std"`` (default): the shorter side is projected.
+        save_projected: only True (default) for now.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: an option is out of range, nothing matches, or a matching layer cannot be converted (its parent
+            reads ``.weight`` itself, or the weight is shared with a module that is not converted with it).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
+        >>> type(prepare_model(model, rank=16, target_modules=["0"])[0]).__name__
+        'QGaLoreLinear'
+    """
+    check_layer_options(weight_bits, group_size, grad_mode, grad_dtype)
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
+    if save_projected is not True:
+        raise ValueError(f"save_projected must be True for now, got {save_projected!r}")
+    side_of(proj_type, 1, 1)
+    targets = _targets(model, target_modules)
+    _refuse_tied(model, targets)
+    converted: dict[int, nn.Module] = {}
+    clipped = 0
+    for name, linear in targets.items():
+        key = id(linear.weight)
+        if key not in converted:
+            clipped += rank > min(linear.weight.shape)
+            if grad_mode == "full" and weight_bits is None:
+                setattr(linear, _MARK, {"rank": min(rank, *linear.weight.shape), "proj_type": proj_type})
+                converted[key] = linear
+            else:
+                converted[key] = QGaLoreLinear.from_linear(
+                    linear,
+                    name,
+                    rank=rank,
+                    weight_bits=weight_bits,
+                    group_size=group_size,
+                    grad_mode=grad_mode,
+                    grad_dtype=grad_dtype,
+                    proj_type=proj_type,
+                )
+        _replace(model, name, converted[key])
+    if clipped:
+        _log.warning("rank %d is larger than the shorter side of %d layers: clipped there", rank, clipped)
+    return model
+
+
+def _targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str, nn.Linear]:
+    """The linear layers to convert by qualified name; one module may stand there under several names."""
+    if isinstance(target_modules, str):
+        head = _output_head(model)
+        pattern = None if target_modules == _ALL else re.compile(target_modules)
+    else:
+        if not target_modules or not all(isinstance(part, str) for part in target_modules):
+            raise ValueError(f"target_modules must be a string or a list of strings, got {target_modules!r}")
+        head, pattern = None, None
+    targets, readers = {}, {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _READERS):
+            readers[name] = type(module).__name__
+        if not isinstance(module, nn.Linear):
+            continue
+        if target_modules == _ALL:
+            wanted = module is not head and type(module) is nn.Linear
+        elif pattern is not None:
+            wanted = pattern.fullmatch(name) is not None
+        else:
+            wanted = any(part in name for part in target_modules)
+        if not wanted:
+            continue
+        parent = name.rpartition(".")[0]
+        if parent in readers:
+            raise ValueError(
+                f"{name} cannot be converted: its parent {readers[parent]} reads .weight itself instead of calling the "
+                "layer; narrow target_modules"
+            )
+        if type(module) is not nn.Linear:
+            _log.info("%s is a %s, not an nn.Linear: left as it is", name, type(module).__name__)
+            continue
+        targets[name] = module
+    if not targets:
+        raise ValueError(f"target_modules={target_modules!r} matches no nn.Linear of the model")
+    return targets
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    """The output embedding where the model says which it is, else the last linear layer."""
+    ask = getattr(model, "get_output_embeddings", None)
+    head = ask() if callable(ask) else None
+    if head is not None:
+        return head
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for name, module in reversed(named):
+        if name.rpartition(".")[2] in ("lm_head", "head", "output", "classifier", "score"):
+            return module
+    return named[-1][1] if named else None
+
+
+def _refuse_tied(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
+    """Tied linear layers are converted into one; a weight shared with anything else cannot be."""
+    by_weight: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                by_weight.setdefault(id(parameter), []).append((name, module))
+    for name, linear in targets.items():
+        for other_name, other in by_weight[id(linear.weight)]:
+            bias = getattr(other, "bias", None)
+            if other_name not in targets or bias is not linear.bias:
+                shared = f"{other_name} ({type(other).__name__})"
+                raise ValueError(f"{name} cannot be converted: it shares its weight with {shared}")
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    if not name:
+        raise ValueError("the model is itself an nn.Linear: wrap it in a module")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def param_groups(model: nn.Module, rank: int | None = None, **options: Any) -> list[dict[str, Any]]:
+    """The parameter groups of a prepared model for :class:`q_galore_torch.QGaLoreAdamW8bit`.
+
+    Args:
+        model: from :func:`prepare_model`.
+        rank: default the prepared layers'; another value is refused.
+        options: options of the projected group: ``update_proj_gap``, ``scale``, ``proj_format``, ``lr``, ...
+
+    Returns:
+        ``[{"params": everything else that trains}, {"params": the layers' leaves, "rank": rank, **options}]``; a group
+        for each rank where clipped ranks differ, and no group without parameters. Each carries ``param_names``.
+
+    Raises:
+        ValueError: the model is not prepared, or ``rank`` or ``proj_type`` differ from its layers.
+    """
+    matrices: dict[int, tuple[Tensor, str, int]] = {}
+    for name, module in model.named_modules():
+        mark = getattr(module, _MARK, None)
+        if isinstance(module, QGaLoreLinear):
+            parameter: Tensor = module.leaf
+            mark = {"rank": module.rank, "proj_type": module.proj_type}
+        elif mark is not None and isinstance(module, nn.Linear):
+            parameter = module.weight
+        else:
+            continue
+        if not parameter.requires_grad:
+            continue
+        rows, cols = _weight_shape(module)
+        if rank is not None and min(rank, rows, cols) != mark["rank"]:
+            raise ValueError(f"rank must be {mark['rank']}, with which {name} was prepared, got {rank!r}")
+        given = options.get("proj_type", mark["proj_type"])
+        if given != mark["proj_type"]:
+            raise ValueError(f"proj_type must be {mark['proj_type']!r}, with which {name} was prepared, got {given!r}")
+        matrices[id(parameter)] = (parameter, name, mark["rank"])
+    if not matrices:
+        raise ValueError("the model has no trainable prepared layer: call prepare_model first")
+    rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in matrices]
+    groups: list[dict[str, Any]] = []
+    if rest:
+        groups.append({"params": [p for _, p in rest], "param_names": [n for n, _ in rest]})
+    for each in sorted({r for _, _, r in matrices.values()}, reverse=True):
+        members = [(p, name) for p, name, r in matrices.values() if r == each]
+        names = [f"{name}.{_leaf_name(model.get_submodule(name))}" for _, name in members]
+        groups.append({"params": [p for p, _ in members], "param_names": names, "rank": each, **options})
+    return groups
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, int]:
+    assert isinstance(module, (nn.Linear, QGaLoreLinear))
+    return module.out_features, module.in_features
+
+
+def _leaf_name(module: nn.Module) -> str:
+    return module._leaf_name if isinstance(module, QGaLoreLinear) else "weight"
+
+
+def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """An ordinary copy of a prepared model: every QGaLoreLinear is an ``nn.Linear`` with the decoded weight again.
+
+    Args:
+        model: left as it is.
+        dtype: float dtype of the copy, default each parameter's own.
+
+    Returns:
+        A new model that knows nothing of this package (``save_pretrained`` works where it did before).
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, QGaLoreLinear):
+            memo[id(module)] = _ordinary(module)
+    exported = copy.deepcopy(model, memo)
+    for module in exported.modules():
+        module.__dict__.pop(_MARK, None)
+    return exported if dtype is None else exported.to(dtype)
+
+
+def _ordinary(layer: QGaLoreLinear) -> nn.Linear:
+    weight = layer.dequantize()
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().clone())
+    linear.train(layer.training)
+    return linear
+
+
+def num_parameters(model: nn.Module, trainable_only: bool = False) -> int:
+    """The number of weights of a model, where a zero leaf counts for the weight that it stands for.
+
+    Args:
+        model: prepared or not.
+        trainable_only: leave out what does not require a gradient. Default False.
+
+    Returns:
+        As many as the unprepared model has; what is shared counts once.
+    """
+    return sum(count for count, trains in _counts(model) if trains or not trainable_only)
+
+
+def _counts(model: nn.Module) -> Iterator[tuple[int, bool]]:
+    seen: set[int] = set()
+    for module in model.modules():
+        stored = None
+        if isinstance(module, QGaLoreLinear):
+            yield module.in_features * module.out_features, module.leaf.requires_grad
+            stored = module._parameters.get("weight")
+        for parameter in module._parameters.values():
+            if parameter is None or parameter is stored or isinstance(parameter, ZeroLeaf) or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            yield parameter.numel(), parameter.requires_grad

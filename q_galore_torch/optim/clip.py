@@ -1,0 +1,29 @@
+"""Gradient clipping over everything an optimizer holds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def clip_grad_norm_(optimizer: Optimizer, max_norm: float) -> Tensor:
+    """Scale all gradients of an optimizer so that their joint 2-norm is at most ``max_norm``.
+
+    Args:
+        optimizer: whose ``.grad`` count: R for low-rank layers, the full gradient elsewhere.
+        max_norm: the largest norm allowed, > 0; infinity only measures.
+
+    Returns:
+        The norm before clipping, a scalar tensor.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(3))
+        >>> weight.grad = torch.tensor([3.0, 0.0, 4.0])
+        >>> clip_grad_norm_(torch.optim.SGD([weight], lr=0.1), 1.0)
+        tensor(5.)
+    """
+    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
+        raise ValueError(f"max_norm must be a number > 0, got {max_norm!r}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)

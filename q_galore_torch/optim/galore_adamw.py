@@ -1,0 +1,385 @@
+"""QGaLoreAdamW8bit: AdamW with quantised low-rank projection, 8-bit moments and INT8 weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from q_galore_torch import ops
+from q_galore_torch.nn.binding import Binding
+from q_galore_torch.nn.leaf import ZeroLeaf, bind, check_untouched, layer_of
+from q_galore_torch.optim import options, schedule
+from q_galore_torch.optim.state import checked_state, new_state, placed, projection_of, refuse_parameter, target_of
+from q_galore_torch.optim.update import Work, checked_gradient, is_low_rank, keep_finite, update
+from q_galore_torch.subspace import first_refresh_steps
+
+_log = logging.getLogger(__name__)
+
+
+class QGaLoreAdamW8bit(Optimizer):
+    """AdamW in a quantised low-rank subspace (Q-GaLore), 8-bit AdamW for groups without a rank.
+
+    One step of an m x n matrix in a group with a ``rank`` (std: right side projected if m >= n)::
+
+        R = P G^T;  m, v, N = Adam(R);  W <- W (1 - lr wd) - lr scale N^T P
+
+    Args:
+        params: parameters, named parameters or groups. Besides ``lr, betas, eps, weight_decay, moments_dtype,
+            stochastic_round`` a group takes ``rank`` and with it ``update_proj_gap`` (200), ``scale`` (0.25),
+            ``proj_type`` ("std"), ``proj_format`` ("int4", "int8", "float32") and ``proj_block`` (256) or ``quant,
+            quant_n_bit, quant_group_size``, ``subspace`` ("svd" for full gradients, "warm" for low-rank leaves; or
+            "random"), ``lazy_rule`` ("fixed" or "upstream"), ``cos_threshold`` (0.4), ``gamma_proj`` (2),
+            ``queue_size`` (5), ``moments`` ("keep").
+        lr: learning rate, default 1e-3.
+        betas: decay rates of the moments, default (0.9, 0.999).
+        eps: added to the root of the second moment, default 1e-8.
+        weight_decay: decoupled, applied to the weight before the update as in ``torch.optim.AdamW``; default 1e-2.
+        amsgrad: only False.
+        optim_bits: 8 or 32, accepted and without effect; use ``moments_dtype``.
+        args: only None.
+        min_8bit_size: moments with fewer elements stay float32, default 4096.
+        percentile_clipping: only 100.
+        block_wise: only True.
+        is_paged: only False.
+        moments_dtype: ``"dynamic8"`` (default) or ``"float32"``.
+        seed: of the rounding noise and the random bases, default 0.
+        stochastic_round: of INT8 and bfloat16 weights, default True; else to nearest.
+        nonfinite: ``"raise"`` (default) or ``"skip"``: what happens on a gradient that is not finite.
+        compute_dtype: ``"float32"`` (default) or ``"bfloat16"``, of the products of step and refresh.
+
+    Raises:
+        ValueError: an option is unknown or out of range, or a parameter cannot be optimised.
+
+    Note:
+        Deviations from the paper and its public code: decay comes before the update; INT8 weights are updated in steps
+        of their codes, ``q' = q + floor(d) + [j < 2^24 frac(d)]``, with scales kept; moment blocks run along basis
+        vectors; bases are sign-canonical and refreshes staggered: parameter i at steps = (i q) mod gap.
+
+    Source: Q-GaLore (arXiv 2407.08296), GaLore (arXiv 2403.03507), 8-bit Adam (arXiv 2110.02861).
+
+    Example:
+        >>> layer = torch.nn.Linear(64, 128)
+        >>> opt = QGaLoreAdamW8bit([{"params": [layer.bias]}, {"params": [layer.weight], "rank": 16}], lr=0.01)
+        >>> layer(torch.ones(2, 64)).sum().backward()
+        >>> opt.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        optim_bits: int = 32,
+        args: Any = None,
+        min_8bit_size: int = 4096,
+        percentile_clipping: int = 100,
+        block_wise: bool = True,
+        is_paged: bool = False,
+        *,
+        moments_dtype: str = "dynamic8",
+        seed: int = 0,
+        stochastic_round: bool = True,
+        nonfinite: str = "raise",
+        compute_dtype: str = "float32",
+    ) -> None:
+        given = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
+        checked = options.check_constructor(given)
+        self._ready = False
+        super().__init__(params, {key: checked[key] for key in (*options.COMMON, *options.KEPT)})
+        self._ready = True
+        self._plan_first_refreshes([p for group in self.param_groups for p in group["params"]])
+        self._bind()
+
+    # ------------------------------------------------------------ groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group and create its parameters' state.
+
+        Args:
+            param_group: as for the constructor.
+
+        Raises:
+            ValueError: an option is unknown or out of range, or a parameter cannot be optimised.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        group = options.check_group(param_group, self.defaults)
+        _agree_on_names(group, self.param_groups)
+        before = len(self.param_groups)
+        super().add_param_group(group)
+        try:
+            created = self._create_states(group, before)
+        except Exception:
+            del self.param_groups[before:]
+            raise
+        self.state.update(created)
+        if self._ready:
+            self._plan_first_refreshes(group["params"])
+            self._bind()
+
+    def _create_states(self, group: dict[str, Any], index: int) -> dict[Tensor, dict[str, Any]]:
+        states = list(self.state.values())
+        next_id = 1 + max((s["id"] for s in states), default=-1)
+        next_number = 1 + max((s["number"] for s in states if "number" in s), default=-1)
+        created: dict[Tensor, dict[str, Any]] = {}
+        clipped = 0
+        for position, parameter in enumerate(group["params"]):
+            name = _name(group, index, position)
+            target = target_of(parameter, name)
+            refuse_parameter(parameter, target, group, name)
+            if group["rank"] is not None:
+                clipped += group["rank"] > min(target.weight.shape)
+            created[parameter] = new_state(
+                target,
+                group,
+                id=next_id,
+                number=next_number,
+                min_8bit_size=group["min_8bit_size"],
+            )
+            next_id += 1
+            next_number += group["rank"] is not None
+        if clipped:
+            _log.warning("rank %d is larger than the shorter side of %d matrices: clipped", group["rank"], clipped)
+        return created
+
+    def _plan_first_refreshes(self, parameters: list[Tensor]) -> None:
+        """Spread the first data-driven bases of new low-rank leaves, so that few full gradients are summed at once."""
+        new = [self.state[p] for p in parameters if is_low_rank(p) and "number" in self.state[p]]
+        for state, step in zip(new, first_refresh_steps(len(new)), strict=True):
+            state["last_due"] = step - state["gap"]
+
+    def _bind(self) -> None:
+        """Lend the projectors to the layers, and tell them what is due."""
+        for parameter, _, group in self._parameters():
+            if is_low_rank(parameter):
+                parameter.binding = Binding(self.state[parameter], group)
+        self._mark_due()
+
+    def _mark_due(self) -> None:
+        """Fix which layers sum their full gradient in the next step, from replicated state, before any forward."""
+        for parameter, _, group in self._parameters():
+            if is_low_rank(parameter):
+                state = self.state[parameter]
+                due = schedule.is_due(state, group, projection_of(state), True)
+                parameter.binding.due = due and schedule.needs_gradient(group)
+
+    def _adopt(self) -> None:
+        """Take a layer's present leaf where it was replaced: layers are found by number, not by identity."""
+        for group in self.param_groups:
+            for position, parameter in enumerate(group["params"]):
+                layer = layer_of(parameter) if isinstance(parameter, ZeroLeaf) else None
+                if layer is None or layer.leaf is parameter:
+                    continue
+                group["params"][position] = leaf = layer.leaf
+                bind(leaf, layer, parameter.uid)
+                leaf.label, leaf.binding = parameter.label, parameter.binding
+                if leaf.binding is not None:
+                    leaf.binding.drop()
+                self.state[leaf] = self.state.pop(parameter)
+
+    def _parameters(self) -> Iterator[tuple[Any, str, dict[str, Any]]]:
+        for index, group in enumerate(self.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                yield parameter, _name(group, index, position), group
+
+    # ------------------------------------------------------------ step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss. Default None.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then.
+            RuntimeError: something else wrote to the layers' zero leaves.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._adopt()
+        work, sizes = keep_finite(self._collect())
+        for item, size in zip(work, sizes, strict=True):
+            if item.shapes is not None and not item.low_rank and size > 0:
+                self._refresh(item, item.gradient)
+        refreshed_after = [item for item in work if item.low_rank and self._is_due(item)]
+        update(work)
+        for item in refreshed_after:
+            self._refresh_after(item)
+        self._mark_due()
+        return loss
+
+    def _collect(self) -> list[Work]:
+        check_untouched([p for p, _, _ in self._parameters() if isinstance(p, ZeroLeaf)])
+        work = []
+        for parameter, name, group in self._parameters():
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            shapes = projection_of(state) if group["rank"] is not None else None
+            gradient = checked_gradient(parameter, name)
+            work.append(Work(parameter, name, group, state, target_of(parameter, name), gradient, shapes))
+        return work
+
+    def _is_due(self, item: Work) -> bool:
+        assert item.shapes is not None
+        return schedule.is_due(item.state, item.group, item.shapes, item.low_rank)
+
+    def _refresh(self, item: Work, gradient: Tensor | None, step: int | None = None) -> None:
+        """A new basis, where one is due; ``step`` is the parameter's own, before the update."""
+        assert item.shapes is not None
+        if step is None and not self._is_due(item):
+            return
+        step = item.state["step"] if step is None else step
+        schedule.refresh(item.state, item.group, item.shapes, gradient, step=step, low_rank=item.low_rank)
+
+    def _refresh_after(self, item: Work) -> None:
+        """R was summed under the old basis, so a due leaf is updated first. A G that is zero or broken keeps it due."""
+        binding, before = item.parameter.binding, item.state["step"] - 1
+        if not schedule.needs_gradient(item.group):
+            self._refresh(item, None, before)
+            return
+        stash = binding.stash
+        if stash is not None and 0 < ops.absmax([stash]).item() < float("inf"):
+            self._refresh(item, stash, before)
+        binding.drop()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients; the full gradients that due layers have summed are dropped with them.
+
+        Args:
+            set_to_none: default True, else the gradients are zeroed in place.
+        """
+        self._adopt()
+        super().zero_grad(set_to_none)
+        for parameter, _, _ in self._parameters():
+            if is_low_rank(parameter) and parameter.binding is not None:
+                parameter.binding.drop()
+
+    # ------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers and strings only; the same keys before and after the first step.
+
+        Example:
+            >>> opt = QGaLoreAdamW8bit([torch.nn.Parameter(torch.ones(4))])
+            >>> sorted(opt.state_dict())
+            ['param_groups', 'state']
+        """
+        self._adopt()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; every tensor keeps its own dtype (torch's method casts them to the parameter's).
+
+        Args:
+            state_dict: from :meth:`state_dict` of an optimizer with the same parameters in the same groups.
+
+        Raises:
+            ValueError: groups or shapes differ; nothing is loaded then.
+        """
+        self._adopt()
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        groups, states = self._loaded(state_dict)
+        self.state.clear()
+        self.state.update(states)
+        self.param_groups[:] = groups
+        self._bind()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _loaded(self, state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+        """New groups and states from a state dict, after checking all of it."""
+        saved_groups = state_dict["param_groups"]
+        have, got = ([len(g["params"]) for g in groups] for groups in (self.param_groups, saved_groups))
+        if have != got:
+            raise ValueError(f"the saved groups have {got} parameters, this optimizer's {have}")
+        groups, states = [], {}
+        for index, (own, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            kept = {key: own[key] for key in ("params", "param_names") if key in own}
+            group = {**own, **saved, **kept}
+            if "param_names" not in own:
+                group.pop("param_names", None)
+            groups.append(group)
+            for position, (parameter, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
+                name = _name(own, index, position)
+                if key not in state_dict["state"]:
+                    raise ValueError(f"the state dict has no state for {name}")
+                entry, target = state_dict["state"][key], target_of(parameter, name)
+                template = new_state(
+                    target, group, id=0, number=0, min_8bit_size=group["min_8bit_size"], device=torch.device("meta")
+                )
+                checked_state(entry, template, name)
+                states[parameter] = placed(entry, target.weight.device)
+        return groups, states
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._ready = True
+        super().__setstate__(state)
+        self._bind()
+
+    # ------------------------------------------------------------ reports
+
+    def check(self) -> None:
+        """Raise an error that is still pending from an earlier step (synchronises). On the CPU none ever is."""
+
+    def telemetry(self) -> list[dict[str, Any]]:
+        """What happened to each parameter so far.
+
+        Returns:
+            One dict per parameter: ``name``, ``id``, ``step``, ``groups_shifted`` and ``groups_reranged`` (INT8 groups,
+            since the start), and for projected ones ``refreshes``, ``gap`` (steps), ``similarity`` (the last one, None
+            before it exists) and ``qr_fallbacks``.
+        """
+        self._adopt()
+        report = []
+        for parameter, name, group in self._parameters():
+            state = self.state[parameter]
+            shifted, reranged = state["range_stats"].tolist()
+            entry = {"name": name, "id": state["id"], "step": state["step"]}
+            entry.update(groups_shifted=shifted, groups_reranged=reranged)
+            if group["rank"] is not None:
+                similarity = state["queue"][-1].item() if state["queue"].numel() else None
+                entry.update(refreshes=state["refreshes"], gap=state["gap"], similarity=similarity)
+                entry["qr_fallbacks"] = state["qr_fallbacks"]
+            report.append(entry)
+        return report
+
+
+def _name(group: dict[str, Any], index: int, position: int) -> str:
+    """A parameter's name for messages: given, its layer's, or its place."""
+    names = group.get("param_names")
+    if names is not None:
+        return str(names[position])
+    parameter = group["params"][position]
+    label = parameter.label if isinstance(parameter, ZeroLeaf) else ""
+    return label or f"parameter {position} of group {index} (shape {list(parameter.shape)})"
+
+
+def _agree_on_names(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """torch wants names in all groups or in none; where this one differs from the earlier ones it follows them."""
+    if not groups:
+        return
+    parameters = group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    named = bool(parameters) and all(isinstance(p, tuple) for p in parameters)
+    if "param_names" in groups[0] and "param_names" not in group and not named:
+        group["param_names"] = [f"group {len(groups)}.{position}" for position in range(len(parameters))]
+    elif "param_names" not in groups[0]:
+        group.pop("param_names", None)
+        group["params"] = [p[1] if isinstance(p, tuple) else p for p in parameters]

@@ -1,0 +1,242 @@
+"""Checking of the optimizer's options: what is allowed, what it means, what is refused and why."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Check = Callable[[str, Any], Any]
+
+
+class Option(NamedTuple):
+    """A default and a check that returns the canonical value or raises ValueError."""
+
+    default: Any
+    check: Check
+
+
+def _refuse(key: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"{key} must be {allowed}, got {value!r}")
+
+
+def number(low: float, high: float, allowed: str, *, integer: bool = False, open_ends: str = "") -> Check:
+    """A check for a number in [low, high]; ``open_ends`` names excluded ends ("low", "high").
+
+    Strings that spell a number are parsed; a bool is not a number.
+    """
+
+    def check(key: str, value: Any) -> Any:
+        parsed = value
+        if isinstance(value, str):
+            try:
+                parsed = int(value) if integer else float(value)
+            except ValueError:
+                raise _refuse(key, value, allowed) from None
+        if isinstance(parsed, bool) or not isinstance(parsed, numbers.Real) or math.isnan(parsed):
+            raise _refuse(key, value, allowed)
+        if integer and parsed != int(parsed if math.isfinite(parsed) else 0):
+            raise _refuse(key, value, allowed)
+        outside = not low <= parsed <= high
+        at_open_end = ("low" in open_ends and parsed == low) or ("high" in open_ends and parsed == high)
+        if outside or at_open_end:
+            raise _refuse(key, value, allowed)
+        return int(parsed) if integer else float(parsed)
+
+    return check
+
+
+def choice(*values: Any, later: Mapping[Any, str] | None = None) -> Check:
+    """A check for one of ``values``; values in ``later`` are known, but refused with the reason given."""
+
+    def check(key: str, value: Any) -> Any:
+        for known, why in (later or {}).items():
+            if type(value) is type(known) and value == known:
+                raise ValueError(f"{key}={value!r} {why}; allowed: {_listed(values)}")
+        if not any(type(value) is type(v) and value == v for v in values):
+            raise _refuse(key, value, _listed(values))
+        return value
+
+    return check
+
+
+def boolean(key: str, value: Any) -> bool:
+    """A check for True or False, or their names as strings."""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise _refuse(key, value, "True or False")
+    return value
+
+
+def only(value: Any, why: str) -> Check:
+    """A check for an option that exists for compatibility: any other value is refused."""
+
+    def check(key: str, given: Any) -> Any:
+        if type(given) is not type(value) or given != value:
+            raise ValueError(f"{key}={given!r} is not supported ({why}); allowed: {value!r}")
+        return given
+
+    return check
+
+
+def _listed(values: tuple[Any, ...]) -> str:
+    return " or ".join(repr(v) for v in values)
+
+
+def _betas(key: str, value: Any) -> tuple[float, float]:
+    allowed = "two numbers in [0, 1)"
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise _refuse(key, value, allowed)
+    check = number(0.0, 1.0, allowed, open_ends="high")
+    return check(key, value[0]), check(key, value[1])
+
+
+def _lazy_rule(key: str, value: Any) -> str:
+    if value is None:
+        return "fixed"
+    not_yet = {"energy": "is not implemented yet"}
+    return choice("fixed", "upstream", later=not_yet)(key, value)
+
+
+def _subspace(key: str, value: Any) -> str | None:
+    return None if value is None else choice("warm", "svd", "random")(key, value)
+
+
+_FORMATS_LATER = {name: "is not implemented yet" for name in ("bfloat16", "fp8", "fp8_e4m3", "fp4", "nf4")}
+_TYPES_LATER = {name: "is not implemented yet" for name in ("reverse_std", "right", "left", "full")}
+_not_yet = "it belongs to lazy_rule='energy', which is not implemented yet"
+_int32 = 2**31 - 1
+
+# Options of every group; the constructor gives their defaults.
+COMMON: dict[str, Option] = {
+    "lr": Option(1e-3, number(0.0, math.inf, "a number >= 0", open_ends="high")),
+    "betas": Option((0.9, 0.999), _betas),
+    "eps": Option(1e-8, number(0.0, math.inf, "a number > 0", open_ends="low high")),
+    "weight_decay": Option(1e-2, number(0.0, math.inf, "a number >= 0", open_ends="high")),
+    "moments_dtype": Option("dynamic8", choice("dynamic8", "float32")),
+    "stochastic_round": Option(True, boolean),
+}
+# Options of the constructor alone.
+GLOBAL: dict[str, Option] = {
+    "seed": Option(0, number(0, 2**63 - 1, "an integer in [0, 2**63)", integer=True)),
+    "nonfinite": Option("raise", choice("raise", "skip")),
+    "compute_dtype": Option("float32", choice("float32", "bfloat16")),
+    "min_8bit_size": Option(4096, number(0, 2**63 - 1, "an integer >= 0", integer=True)),
+    "optim_bits": Option(32, number(8, 32, "8 or 32", integer=True)),
+    "amsgrad": Option(False, only(False, "AMSGrad is not part of Q-GaLore")),
+    "args": Option(None, only(None, "pass each option by its own name")),
+    "percentile_clipping": Option(100, only(100, "clip with torch.nn.utils.clip_grad_norm_")),
+    "block_wise": Option(True, only(True, "moments are always quantised blockwise")),
+    "is_paged": Option(False, only(False, "paged states are not implemented")),
+}
+# Constructor options that every group carries along, so that the state dict holds them.
+KEPT = ("seed", "nonfinite", "compute_dtype", "min_8bit_size")
+# Options of a group with a rank.
+PROJECTED: dict[str, Option] = {
+    "rank": Option(None, number(1, _int32, "an integer >= 1", integer=True)),
+    "update_proj_gap": Option(200, number(1, _int32, "an integer >= 1", integer=True)),
+    "scale": Option(0.25, number(-math.inf, math.inf, "a finite number", open_ends="low high")),
+    "proj_type": Option("std", choice("std", later=_TYPES_LATER)),
+    "proj_format": Option("int4", choice("float32", "int8", "int4", later=_FORMATS_LATER)),
+    "proj_block": Option(256, number(1, _int32, "an integer >= 1", integer=True)),
+    "subspace": Option(None, _subspace),
+    "lazy_rule": Option("fixed", _lazy_rule),
+    "cos_threshold": Option(0.4, number(-1.0, 1.0, "a number in [-1, 1]")),
+    "gamma_proj": Option(2.0, number(1.0, math.inf, "a number >= 1", open_ends="high")),
+    "queue_size": Option(5, number(1, _int32, "an integer >= 1", integer=True)),
+    "moments": Option(
+        "keep", choice("keep", later={"rotate": "is not implemented yet", "reset": "is not implemented yet"})
+    ),
+    "energy_threshold": Option(None, only(None, _not_yet)),
+    "max_proj_gap": Option(None, only(None, _not_yet)),
+    "norm_growth_limit": Option(None, only(None, "it is not implemented yet")),
+}
+_UPSTREAM_QUANT: dict[str, Option] = {
+    "quant": Option(True, boolean),
+    "quant_n_bit": Option(4, choice(4, 8)),
+    "quant_group_size": Option(256, number(1, _int32, "an integer >= 1", integer=True)),
+}
+_HPML = ("quantize_type", "quantize_blocksz", "proj_quantize_type", "proj_quantize_blocksz")
+# Keys that torch, its schedulers and its users put into groups; they are passed through.
+_PASSED = {
+    *("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr"),
+    *("base_momentum", "max_momentum", "momentum"),
+}
+
+
+def check_constructor(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Canonical values of the constructor's options.
+
+    Args:
+        given: every option but ``params``.
+
+    Returns:
+        The same keys.
+
+    Raises:
+        ValueError: naming key, value and what is allowed.
+    """
+    known = {**COMMON, **GLOBAL}
+    checked = {key: known[key].check(key, value) for key, value in given.items()}
+    if checked["optim_bits"] not in (8, 32):
+        raise _refuse("optim_bits", given["optim_bits"], "8 or 32")
+    return checked
+
+
+def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group with canonical options: upstream's quantisation keys become ``proj_format`` and ``proj_block``.
+
+    Args:
+        group: the user's group.
+        defaults: the constructor's values of the ``COMMON`` options.
+
+    Returns:
+        A new dict. A group with a rank holds every key of ``PROJECTED``; one without holds ``rank`` None alone.
+
+    Raises:
+        ValueError: naming key, value and what is allowed.
+    """
+    checked = {key: value for key, value in group.items() if key in _PASSED}
+    options = {key: value for key, value in group.items() if key not in _PASSED}
+    _refuse_unknown(options, defaults)
+    for key in COMMON:
+        checked[key] = COMMON[key].check(key, options.pop(key, defaults[key]))
+    for key in KEPT:
+        checked[key] = options.pop(key, defaults[key])
+    if options.get("rank") is None:
+        options = {key: value for key, value in options.items() if value is not None}
+        if options:
+            key = next(iter(options))
+            raise ValueError(f"{key}={options[key]!r} needs a rank: it has no meaning in a group without one")
+        return {**checked, "rank": None}
+    return {**checked, **_check_projected(options)}
+
+
+def _refuse_unknown(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    for key, value in options.items():
+        if key in KEPT and value == defaults[key]:
+            continue  # a group that was taken from an optimizer
+        if key in GLOBAL:
+            raise ValueError(f"{key} is an option of the constructor, not of a group (got {value!r})")
+        if not any(key in known for known in (COMMON, PROJECTED, _UPSTREAM_QUANT, _HPML)):
+            known_keys = sorted((*COMMON, *PROJECTED, *_UPSTREAM_QUANT))
+            raise ValueError(f"unknown group option {key}={value!r}; allowed: {', '.join(known_keys)}")
+
+
+def _check_projected(options: dict[str, Any]) -> dict[str, Any]:
+    for key in _HPML:
+        if options.pop(key, None) is not None:
+            raise ValueError(f"{key} asks for a floating-point projector format, which is not implemented yet")
+    upstream = {key: options.pop(key) for key in _UPSTREAM_QUANT if key in options}
+    ours = [key for key in ("proj_format", "proj_block") if key in options]
+    if upstream and ours:
+        raise ValueError(
+            f"{next(iter(upstream))} and {ours[0]} describe the projector's format twice; give one kind of keys only"
+        )
+    if upstream:
+        quant = {key: option.check(key, upstream.get(key, option.default)) for key, option in _UPSTREAM_QUANT.items()}
+        options["proj_format"] = f"int{quant['quant_n_bit']}" if quant["quant"] else "float32"
+        options["proj_block"] = quant["quant_group_size"]
+    return {key: option.check(key, options.get(key, option.default)) for key, option in PROJECTED.items()}

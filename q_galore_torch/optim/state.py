@@ -1,0 +1,240 @@
+"""The optimizer's state of one parameter: what it holds, how it is made and checked.
+
+Every parameter: ``id`` and ``step`` (both drive the rounding noise), ``bias_step`` (bias correction), ``exp_avg``,
+``exp_avg_sq`` (float32, or uint8 codes with ``exp_avg_absmax`` and ``exp_avg_sq_absmax``), ``range_stats`` (int64 [2]:
+INT8 groups shifted and re-ranged). A projected one also: ``number`` (of projected parameters), ``side``, ``dim``,
+``proj_codes``, ``proj_scales``, ``proj_zeros``, ``gap``, ``phase``, ``last_due``, ``refreshes``, ``qr_fallbacks``, and
+for ``lazy_rule="upstream"`` ``queue`` (float64, the last similarities) and ``past_vector`` (float32), empty otherwise.
+Tensors and integers only; the same keys before and after the first step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from q_galore_torch import ops
+from q_galore_torch.nn.leaf import ZeroLeaf, layer_of
+from q_galore_torch.subspace import RIGHT, next_phase_step, random_basis, side_of, stagger_phase
+
+BLOCK = 256  # elements of a moment that share an absmax
+_ZERO_CODE = 127  # of the signed map
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_FREE_SHAPE = ("queue", "past_vector")
+
+
+class Target(NamedTuple):
+    """What an update of a parameter writes to.
+
+    Attributes:
+        weight: the float weight or uint8 codes.
+        scales: INT8 scales, else None.
+        zeros: INT8 zero points, else None.
+        group_size: elements of an INT8 group.
+        low_rank: the gradient is R.
+    """
+
+    weight: Tensor
+    scales: Tensor | None
+    zeros: Tensor | None
+    group_size: int
+    low_rank: bool
+
+    @property
+    def int8(self) -> bool:
+        """Whether the weight is stored as INT8."""
+        return self.scales is not None
+
+
+def target_of(parameter: Tensor, name: str) -> Target:
+    """What stands behind a parameter: itself, or the layer of a zero leaf.
+
+    Raises:
+        RuntimeError: the leaf's layer is gone.
+    """
+    if not isinstance(parameter, ZeroLeaf):
+        return Target(parameter, None, None, BLOCK, False)
+    layer = layer_of(parameter)
+    if layer is None:
+        raise RuntimeError(
+            f"{name} is the leaf of a layer that is gone: make the optimizer from the model's own leaves"
+        )
+    low_rank = layer.grad_mode == "low_rank"
+    if layer.weight_bits is None:
+        return Target(layer.weight, None, None, BLOCK, low_rank)
+    return Target(layer.qweight, layer.scales, layer.zeros, layer.group_size, low_rank)
+
+
+class Projection(NamedTuple):
+    """The shapes of a projected matrix: side, rank r (clipped), vector length d, the other dimension k."""
+
+    side: int
+    rank: int
+    dim: int
+    other: int
+
+
+def _plan(target: Target, group: dict[str, Any]) -> Projection:
+    rows, cols = target.weight.shape
+    side = side_of(group["proj_type"], rows, cols)
+    dim, other = (cols, rows) if side == RIGHT else (rows, cols)
+    return Projection(side, min(group["rank"], dim), dim, other)
+
+
+def projection_of(state: dict[str, Any]) -> Projection:
+    """How a parameter is projected, from its state alone."""
+    rank, other = state["exp_avg"].shape
+    return Projection(state["side"], rank, state["dim"], other)
+
+
+def new_state(
+    target: Target,
+    group: dict[str, Any],
+    *,
+    id: int,
+    number: int,
+    min_8bit_size: int,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """The state of a parameter before its first step.
+
+    Args:
+        target: what it updates.
+        group: its group, with canonical options.
+        id: its id.
+        number: its number among the projected parameters.
+        min_8bit_size: moments with fewer elements stay float32.
+        device: of the state, default the weight's; ``meta`` makes a template of shapes.
+    """
+    device = target.weight.device if device is None else device
+    state: dict[str, Any] = {"id": id, "step": 0, "bias_step": 0}
+    projected = group["rank"] is not None
+    if projected:
+        shapes = _plan(target, group)
+        rows, cols = shapes.rank, shapes.other
+        shape: tuple[int, ...] = (rows, cols)
+    else:
+        shape = tuple(target.weight.shape)
+        rows, cols = 1, target.weight.numel()
+    if group["moments_dtype"] == "float32" or rows * cols < min_8bit_size:
+        state["exp_avg"] = torch.zeros(shape, dtype=torch.float32, device=device)
+        state["exp_avg_sq"] = torch.zeros(shape, dtype=torch.float32, device=device)
+        blocks: tuple[int, ...] = (0,)
+    else:
+        state["exp_avg"] = torch.full(shape, _ZERO_CODE, dtype=torch.uint8, device=device)
+        state["exp_avg_sq"] = torch.zeros(shape, dtype=torch.uint8, device=device)
+        per_row = (cols + BLOCK - 1) // BLOCK
+        blocks = (rows, per_row) if projected else (per_row,)
+    state["exp_avg_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=device)
+    state["exp_avg_sq_absmax"] = torch.zeros(blocks, dtype=torch.float32, device=device)
+    state["range_stats"] = torch.zeros(2, dtype=torch.int64, device=device)
+    if projected:
+        state.update(_new_subspace(target, group, id, number, device))
+    return state
+
+
+def _new_subspace(target: Target, group: dict[str, Any], id: int, number: int, device: torch.device) -> dict[str, Any]:
+    shapes = _plan(target, group)
+    gap = group["update_proj_gap"]
+    upstream = group["lazy_rule"] == "upstream"
+    phase = 0 if upstream else stagger_phase(number, gap)
+    if device.type != "meta" and target.low_rank:
+        start = random_basis(shapes.rank, shapes.dim, group["seed"], id)
+        encoded = ops.projector_quantize(start.vectors, group["proj_format"], group["proj_block"])
+        codes, scales, zeros = (part.to(device) for part in encoded)
+    else:
+        codes, scales, zeros = empty_projector(shapes, group, device)
+    return {
+        "number": number,
+        "side": shapes.side,
+        "dim": shapes.dim,
+        "proj_codes": codes,
+        "proj_scales": scales,
+        "proj_zeros": zeros,
+        "gap": gap,
+        "phase": phase,
+        # A basis is due when `gap` steps have passed since `last_due`; under "upstream" at each new multiple of `gap`.
+        "last_due": -1 if upstream else next_phase_step(0, phase, gap) - gap,
+        "refreshes": 0,
+        "qr_fallbacks": 0,
+        "queue": torch.zeros(0, dtype=torch.float64),
+        "past_vector": torch.zeros(0, dtype=torch.float32, device=device),
+    }
+
+
+def empty_projector(shapes: Projection, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The storage of a projector that decodes to zeros."""
+    rank, dim = shapes.rank, shapes.dim
+    if group["proj_format"] == "float32":
+        return (
+            torch.zeros(rank, dim, device=device),
+            torch.zeros(0, dtype=torch.bfloat16, device=device),
+            torch.zeros(0, dtype=torch.uint8, device=device),
+        )
+    width = dim if group["proj_format"] == "int8" else (dim + 1) // 2
+    blocks = (dim + group["proj_block"] - 1) // group["proj_block"]
+    return (
+        torch.zeros(rank, width, dtype=torch.uint8, device=device),
+        torch.zeros(rank, blocks, dtype=torch.bfloat16, device=device),
+        torch.zeros(rank, blocks, dtype=torch.uint8, device=device),
+    )
+
+
+def checked_state(saved: dict[str, Any], template: dict[str, Any], name: str) -> None:
+    """Raise ValueError where a saved state does not fit the parameter it is loaded for.
+
+    Args:
+        saved: from a state dict.
+        template: a new state of that parameter under the saved group's options.
+        name: the parameter's, for the message.
+    """
+    if saved.keys() != template.keys():
+        odd = sorted(saved.keys() ^ template.keys())
+        raise ValueError(f"the saved state of {name} has other entries than this optimizer's: {', '.join(odd)}")
+    for key, expected in template.items():
+        value = saved[key]
+        if not isinstance(expected, Tensor):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{key} of {name} must be an integer, got {value!r}")
+            continue
+        if not isinstance(value, Tensor) or value.dtype != expected.dtype:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{key} of {name} must be a {expected.dtype} tensor, got {got}")
+        if key not in _FREE_SHAPE and value.shape != expected.shape:
+            raise ValueError(f"{key} of {name} must have shape {list(expected.shape)}, got {list(value.shape)}")
+
+
+def placed(saved: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A copy of a saved state on a device, every tensor in its own dtype; the queue stays on the CPU."""
+    return {
+        key: value.to("cpu" if key == "queue" else device, copy=True) if isinstance(value, Tensor) else value
+        for key, value in saved.items()
+    }
+
+
+def refuse_parameter(parameter: Tensor, target: Target, group: dict[str, Any], name: str) -> None:
+    """Raise ValueError naming a parameter that cannot be optimised as its group asks."""
+    weight = target.weight
+    if type(parameter).__name__ == "DTensor":
+        raise ValueError(f"{name} is a DTensor: sharded parameters are not supported")
+    if not target.int8 and weight.dtype not in _FLOATS:
+        raise ValueError(f"{name} must be float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {weight.layout}")
+    if group["rank"] is None:
+        if target.low_rank:
+            raise ValueError(f"{name} is the leaf of a low-rank layer: it needs a group with a rank, use param_groups")
+        return
+    if weight.dim() != 2:
+        raise ValueError(f"{name} has {weight.dim()} dimensions; a group with a rank takes matrices only for now")
+    if weight.numel() == 0:
+        raise ValueError(f"{name} is empty and cannot be projected")
+    if not target.low_rank:
+        return
+    if group["lazy_rule"] == "upstream":
+        raise ValueError(f"lazy_rule='upstream' needs full gradients, but {name} is low-rank: use grad_mode='full'")
+    rank = _plan(target, group).rank
+    if parameter.shape[0] != rank:
+        raise ValueError(f"rank must be {parameter.shape[0]}, with which {name} was prepared, got {group['rank']}")

@@ -1,0 +1,166 @@
+"""The writing half of a step: gradients are checked, then each collection of like parameters is one operator call."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from q_galore_torch import ops
+from q_galore_torch.nn.leaf import ZeroLeaf, ZeroWeight
+from q_galore_torch.optim.state import BLOCK, Projection, Target
+
+_log = logging.getLogger(__name__)
+
+_LARGEST_GRADIENT = 1e18  # its square still is a float32
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient holds a NaN, an infinity or a value whose square overflows; nothing was updated."""
+
+
+class Work(NamedTuple):
+    """One parameter of a step; ``shapes`` is None where it is not projected."""
+
+    parameter: Any
+    name: str
+    group: dict[str, Any]
+    state: dict[str, Any]
+    target: Target
+    gradient: Tensor
+    shapes: Projection | None
+
+    @property
+    def low_rank(self) -> bool:
+        """The gradient is R."""
+        return self.target.low_rank
+
+
+def is_low_rank(parameter: Any) -> bool:
+    """Whether a parameter is the leaf of a low-rank layer."""
+    return isinstance(parameter, ZeroLeaf) and not isinstance(parameter, ZeroWeight)
+
+
+def checked_gradient(parameter: Tensor, name: str) -> Tensor:
+    """The parameter's gradient, contiguous."""
+    gradient = parameter.grad
+    assert gradient is not None
+    if gradient.layout != torch.strided:
+        raise RuntimeError(f"the gradient of {name} must be dense, got {gradient.layout}")
+    if gradient.dtype not in _FLOATS:
+        raise RuntimeError(f"the gradient of {name} must be float32, bfloat16 or float16, got {gradient.dtype}")
+    return gradient.contiguous()
+
+
+def keep_finite(work: list[Work]) -> tuple[list[Work], list[float]]:
+    """The parameters whose gradients are finite and small enough to square, and the largest entry of each.
+
+    Raises:
+        NonFiniteGradientError: under ``nonfinite="raise"``, naming the parameter.
+    """
+    kept, sizes = [], []
+    for item, size in zip(work, _absmax([item.gradient for item in work]), strict=True):
+        limit = _LARGEST_GRADIENT
+        if item.shapes is not None and not item.low_rank:
+            limit /= math.sqrt(item.shapes.dim)  # so that no entry of R = P G^T is larger
+        if size <= limit:
+            kept.append(item)
+            sizes.append(size)
+            continue
+        if item.low_rank and item.parameter.binding is not None:
+            item.parameter.binding.drop()
+        what = "is not finite" if size == math.inf else f"has an entry of size {size:g}, over {limit:g}"
+        if item.group["nonfinite"] == "raise":
+            raise NonFiniteGradientError(f"the gradient of {item.name} {what}; nothing was updated")
+        _log.warning("the gradient of %s %s: left alone in this step", item.name, what)
+    return kept, sizes
+
+
+def _absmax(gradients: list[Tensor]) -> list[float]:
+    sizes = [0.0] * len(gradients)
+    by_device: dict[torch.device, list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        by_device.setdefault(gradient.device, []).append(index)
+    for indices in by_device.values():
+        for index, size in zip(indices, ops.absmax([gradients[i] for i in indices]).tolist(), strict=True):
+            sizes[index] = size
+    return sizes
+
+
+def update(work: list[Work]) -> None:
+    """One operator call for each collection of parameters that agree in group, device, formats and dtypes."""
+    collections: dict[tuple[Any, ...], list[Work]] = {}
+    for item in work:
+        target, state = item.target, item.state
+        key = (id(item.group), target.weight.device, target.weight.dtype, item.gradient.dtype, state["exp_avg"].dtype)
+        collections.setdefault((*key, target.group_size, item.low_rank), []).append(item)
+    for items in collections.values():
+        _update_alike(items)
+
+
+def _update_alike(items: list[Work]) -> None:
+    first = items[0]
+    group, target = first.group, first.target
+    weights = [item.target.weight.detach().contiguous() for item in items]
+    device = weights[0].device
+    none = torch.empty(0, device=device)
+    no_zeros = torch.empty(0, dtype=torch.int16, device=device)
+    states = [item.state for item in items]
+    stats = torch.zeros(len(items), 2, dtype=torch.int64, device=device)
+    lists: list[Any] = [
+        weights,
+        [none if item.target.scales is None else item.target.scales for item in items],
+        [no_zeros if item.target.zeros is None else item.target.zeros for item in items],
+        [item.gradient for item in items],
+        *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")),
+    ]
+    counts = [[s["bias_step"] + 1 for s in states], [s["step"] + 1 for s in states], [s["id"] for s in states], stats]
+    beta1, beta2 = group["betas"]
+    common = {
+        "lr": float(group["lr"]),
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": group["eps"],
+        "weight_decay": group["weight_decay"],
+        "seed": group["seed"],
+        "stochastic_round": group["stochastic_round"],
+        "group_size": target.group_size,
+        "block": BLOCK,
+    }
+    if first.shapes is None:
+        ops.adam8_step_(*lists, *counts, **common)
+    else:
+        projectors = [[s[key] for s in states] for key in ("proj_codes", "proj_scales", "proj_zeros")]
+        ops.galore_step_(
+            *lists,
+            *projectors,
+            [s["side"] for s in states],
+            *counts,
+            **common,
+            proj_format=group["proj_format"],
+            proj_block=group["proj_block"],
+            low_rank=first.low_rank,
+            scale=group["scale"],
+            compute_dtype=group["compute_dtype"],
+        )
+    _finish(items, weights, stats)
+
+
+def _finish(items: list[Work], weights: list[Tensor], stats: Tensor) -> None:
+    written: list[Tensor] = []
+    for item, weight in zip(items, weights, strict=True):
+        item.state["step"] += 1
+        item.state["bias_step"] += 1
+        target = item.target
+        if weight.data_ptr() != target.weight.data_ptr():
+            target.weight.copy_(weight)  # a parameter that is not contiguous; copy_ counts as a write by itself
+            continue
+        # The operators do not count their writes; a zero leaf must not be counted.
+        written += [t for t in (target.weight, target.scales, target.zeros) if t is not None]
+    torch.autograd.graph.increment_version(written)
+    if items[0].target.int8:
+        torch._foreach_add_([item.state["range_stats"] for item in items], list(stats.unbind()))
