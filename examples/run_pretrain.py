@@ -55,7 +55,7 @@ IDENTITY = ("seed", "dtype", "max_length", "tokenizer", "optimizer", "rank", "pr
 
 
 class TrainingFailed(Exception):
-    """The loss or a gradient is no longer a number."""
+    """The run cannot go on: the loss is no longer a number, or a checkpoint cannot be written."""
 
 
 class Trainer:
@@ -113,7 +113,10 @@ class Trainer:
             "data": self.corpus.train.state_dict(),
             "first_loss": self.first_loss,
         }
-        folder = save_checkpoint(self.folder, self.step, self.model, state)
+        try:
+            folder = save_checkpoint(self.folder, self.step, self.model, state)
+        except OSError as error:
+            raise TrainingFailed(f"cannot save a checkpoint in {self.folder}: {error.strerror}") from None
         self.saved_at = self.step
         self.log.line(f"saved {folder}")
 
@@ -121,7 +124,10 @@ class Trainer:
         """Train to the end or until asked to stop; returns the exit code."""
         args = self.args
         wandb = start_wandb(args.unset_wandb, args.project, args.name, vars_for_log(args))
-        self.log = RunLog(self.folder, args.num_training_steps, self.step, wandb)
+        try:
+            self.log = RunLog(self.folder, args.num_training_steps, self.step, wandb)
+        except OSError as error:
+            raise UsageError(f"cannot write into --save_dir {self.folder}: {error.strerror}") from None
         try:
             print(f"{args.name}: {self.parameters:,} weights, {args.optimizer}, {args.dtype} on {self.device}")
             print(self.corpus.description, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
 import run_pretrain  # noqa: E402
+from pretrain import checkpoint  # noqa: E402
+from pretrain.errors import UsageError  # noqa: E402
+from pretrain.model import LlamaConfig  # noqa: E402
 from pretrain_support import EXAMPLES, ROOT, losses, records, run, tiny_flags, write_corpus  # noqa: E402
 
 Q_GALORE: dict[str, Any] = {
@@ -113,6 +117,54 @@ def test_stopped_run_continues_as_if_it_had_not_been(tmp_path: Path, monkeypatch
     assert max(losses(records(tmp_path / "stopped"))) == 7
     continued = run(tmp_path, save_dir=tmp_path / "stopped", continue_from=tmp_path / "stopped")
     assert losses(continued) == whole
+
+
+def test_random_numbers_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop draws none today; a model with dropout would."""
+    update = run_pretrain.Trainer.update
+
+    def noisy_update(trainer: run_pretrain.Trainer) -> tuple[float, float]:
+        loss, norm = update(trainer)
+        return loss + torch.rand(()).item(), norm + random.random()
+
+    monkeypatch.setattr(run_pretrain.Trainer, "update", noisy_update)
+    random.seed(7)
+    whole = run(tmp_path, num_training_steps=6, save_every=3)
+    random.seed(8)
+    third = tmp_path / "run" / "model_3"
+    continued = run(tmp_path, num_training_steps=6, continue_from=third, save_dir=tmp_path / "second")
+    noisy = [[(r["loss"], r["grad_norm"]) for r in rows if r["kind"] == "train"] for rows in (whole, continued)]
+    assert noisy[1] == noisy[0][3:]
+
+
+def test_failed_save_leaves_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A full disk in the second file: the checkpoint before stays the last one."""
+    run(tmp_path, num_training_steps=3)
+    write, calls = checkpoint._write, []
+
+    def failing_write(content: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(content, path)
+
+    monkeypatch.setattr(checkpoint, "_write", failing_write)
+    capsys.readouterr()
+    assert run_pretrain.main(tiny_flags(tmp_path, num_training_steps=6, continue_from=tmp_path / "run")) == 1
+    assert "cannot save a checkpoint in" in capsys.readouterr().err and len(calls) == 2
+    assert checkpoint.find_checkpoint(str(tmp_path / "run")).name == "model_3"
+
+
+def test_last_checkpoint_of_a_run_is_found(tmp_path: Path) -> None:
+    run(tmp_path, save_every=3)
+    (tmp_path / "run" / "model_99").mkdir()  # no checkpoint in it
+    assert checkpoint.find_checkpoint(str(tmp_path / "run")).name == "model_12"
+    assert checkpoint.find_checkpoint(str(tmp_path / "run" / "model_3")).name == "model_3"
+    with pytest.raises(UsageError, match="there is no checkpoint in"):
+        checkpoint.find_checkpoint(str(tmp_path))
 
 
 def test_checkpoint_is_plain_and_complete(tmp_path: Path) -> None:
@@ -243,7 +295,7 @@ def test_log_has_what_people_expect(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_memory_line_counts_real_bytes(tmp_path: Path) -> None:
     summary = run(tmp_path, optimizer="adamw", num_training_steps=3)[-1]
-    weights = 4 * 99_648
+    weights = 4 * LlamaConfig.from_json(str(tmp_path / "tiny.json")).num_parameters
     assert summary["weights"] == summary["gradients"] == weights
     assert 2 * weights <= summary["optimizer_state"] < 2 * weights + 1000
     quantised = run(tmp_path, **Q_GALORE, num_training_steps=3)[-1]

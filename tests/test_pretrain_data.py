@@ -45,13 +45,17 @@ def test_copies_and_empty_documents_are_dropped() -> None:
 
 def test_no_block_holds_text_of_both_parts(tmp_path: Path) -> None:
     """Every block of either part is made of that part's documents, and no document appears in both."""
-    corpus = data.load_corpus("text", write_corpus(tmp_path, 200), "byte", 64, 0, 0, 264)
+    folder = Path(write_corpus(tmp_path, 200))
+    for i in range(0, 200, 2):  # a copy of a held-out document must not be trained on
+        (folder / f"copy{i}.txt").write_text((folder / f"{i:03}.txt").read_text())
+    corpus = data.load_corpus("text", str(folder), "byte", 64, 0, 0, 264)
     assert isinstance(corpus.train, data.PackedBlocks)
 
     def numbers(tokens: torch.Tensor) -> set[str]:
         return {part.split(":")[0] for part in decode(tokens).split("document ")[1:]}
 
     train, held_out = numbers(corpus.train.tokens), numbers(corpus.held_out)
+    assert corpus.description.startswith(f"{folder}: 200 documents")
     assert len(train) + len(held_out) == 200 and not train & held_out and len(held_out) >= 4
     seen = torch.cat([corpus.train.next_batch(1)[0][0] for _ in range(corpus.train.blocks)])
     rows = {tuple(row.tolist()) for row in seen.view(-1, 64)}

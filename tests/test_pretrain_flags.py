@@ -201,6 +201,12 @@ def test_more_than_one_process_is_refused(config: str, monkeypatch: pytest.Monke
         parse_flags(flags(config))
 
 
+def test_folder_that_cannot_be_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(tiny_flags(tmp_path, save_dir=tmp_path / "file" / "run")) == 2
+    assert "cannot write into --save_dir" in capsys.readouterr().err
+
+
 def test_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = tiny_flags(tmp_path)
     write_config(tmp_path, vocab_size=200)
