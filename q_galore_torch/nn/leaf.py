@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _buffers: weakref.WeakValueDictionary[tuple[torch.device, torch.dtype], ZeroBuffer] = weakref.WeakValueDictionary()
 _layers: weakref.WeakValueDictionary[int, QGaLoreLinear] = weakref.WeakValueDictionary()
 _uids = itertools.count(1)
+_DATA: Any = torch.Tensor.data
 
 
 class ZeroBuffer:
@@ -75,7 +76,7 @@ class ZeroLeaf(nn.Parameter):
         requires_grad: bool = True,
     ) -> ZeroLeaf:
         zero = ZeroBuffer.of(device, dtype)
-        leaf: ZeroLeaf = torch.Tensor._make_subclass(cls, zero.cut(torch.Size(shape)), requires_grad)  # type: ignore
+        leaf: ZeroLeaf = torch.Tensor._make_subclass(cls, zero.cut(torch.Size(shape)), requires_grad)
         leaf.uid, leaf.label, leaf.binding, leaf._zero = 0, "", None, zero
         leaf._seen = leaf._versions()
         return leaf
@@ -87,14 +88,14 @@ class ZeroLeaf(nn.Parameter):
         return self._version, self._zero.base._version
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The zeros as a plain tensor that shares the version counter, so that writes to ``.data`` are noticed too."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.detach()
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        _DATA.__set__(self, value)
 
     def retied(self, device: torch.device, dtype: torch.dtype) -> ZeroLeaf:
         """This leaf cut out of the zeros of another device and dtype: the same object where torch allows it, else a new
@@ -106,7 +107,7 @@ class ZeroLeaf(nn.Parameter):
                 leaf.uid, leaf.label, leaf.binding = self.uid, self.label, self.binding
                 return leaf
             self._zero = ZeroBuffer.of(device, dtype)
-            torch.Tensor.data.__set__(self, self._zero.cut(self.shape))  # type: ignore[attr-defined]
+            _DATA.__set__(self, self._zero.cut(self.shape))
             self._seen = self._versions()
             if gradient is not None:
                 self.grad = gradient.to(device, dtype)
@@ -155,7 +156,7 @@ class ZeroWeight(ZeroLeaf):
     """
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The decoded weight, a new tensor: writing to it changes nothing."""
         return self._decoded()
 
@@ -192,7 +193,7 @@ class ZeroWeight(ZeroLeaf):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ZeroWeight standing for:\n{self._decoded()!r}"
 
 

@@ -127,7 +127,7 @@ class QGaLoreLinear(nn.Module):
         layer._retie(weight.device)
         if layer.weight_bits is None:
             linear.weight.requires_grad_(False)
-            layer.weight = linear.weight
+            layer._parameters["weight"] = linear.weight
         else:
             for name, value in zip(("qweight", "scales", "zeros"), layer._quantise(weight), strict=True):
                 layer._buffers[name] = value
@@ -277,10 +277,8 @@ class QGaLoreLinear(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.weight_bits is None:
-            stored, scales, zeros = self.weight, None, None
-        else:
-            stored, scales, zeros = self.qweight, self.scales, self.zeros
-        return LinearFunction.apply(x, self.leaf, self.bias, stored, scales, zeros, self)
+            return LinearFunction.apply(x, self.leaf, self.bias, self.weight, None, None, self)
+        return LinearFunction.apply(x, self.leaf, self.bias, self.qweight, self.scales, self.zeros, self)
 
     def extra_repr(self) -> str:
         """The options that differ between layers."""

@@ -193,7 +193,7 @@ class QGaLoreAdamW8bit(Optimizer):
     # ------------------------------------------------------------ step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
         Args:

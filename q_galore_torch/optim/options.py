@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,19 +27,17 @@ def number(low: float, high: float, allowed: str, *, integer: bool = False, open
     """
 
     def check(key: str, value: Any) -> Any:
-        parsed = value
+        parsed: Any = value
         if isinstance(value, str):
             try:
                 parsed = int(value) if integer else float(value)
             except ValueError:
                 raise _refuse(key, value, allowed) from None
-        if isinstance(parsed, bool) or not isinstance(parsed, numbers.Real) or math.isnan(parsed):
+        if isinstance(parsed, bool) or not isinstance(parsed, (int, float)):
             raise _refuse(key, value, allowed)
-        if integer and parsed != int(parsed if math.isfinite(parsed) else 0):
-            raise _refuse(key, value, allowed)
-        outside = not low <= parsed <= high
+        outside = not low <= parsed <= high  # NaN too
         at_open_end = ("low" in open_ends and parsed == low) or ("high" in open_ends and parsed == high)
-        if outside or at_open_end:
+        if outside or at_open_end or (integer and parsed != int(parsed)):
             raise _refuse(key, value, allowed)
         return int(parsed) if integer else float(parsed)
 

@@ -118,9 +118,14 @@ def _update_alike(items: list[Work]) -> None:
         [item.gradient for item in items],
         *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")),
     ]
-    counts = [[s["bias_step"] + 1 for s in states], [s["step"] + 1 for s in states], [s["id"] for s in states], stats]
+    counts: list[Any] = [
+        [s["bias_step"] + 1 for s in states],
+        [s["step"] + 1 for s in states],
+        [s["id"] for s in states],
+        stats,
+    ]
     beta1, beta2 = group["betas"]
-    common = {
+    common: dict[str, Any] = {
         "lr": float(group["lr"]),
         "beta1": beta1,
         "beta2": beta2,
@@ -135,18 +140,9 @@ def _update_alike(items: list[Work]) -> None:
         ops.adam8_step_(*lists, *counts, **common)
     else:
         projectors = [[s[key] for s in states] for key in ("proj_codes", "proj_scales", "proj_zeros")]
-        ops.galore_step_(
-            *lists,
-            *projectors,
-            [s["side"] for s in states],
-            *counts,
-            **common,
-            proj_format=group["proj_format"],
-            proj_block=group["proj_block"],
-            low_rank=first.low_rank,
-            scale=group["scale"],
-            compute_dtype=group["compute_dtype"],
-        )
+        sides = [s["side"] for s in states]
+        common.update({key: group[key] for key in ("proj_format", "proj_block", "scale", "compute_dtype")})
+        ops.galore_step_(*lists, *projectors, sides, *counts, low_rank=first.low_rank, **common)
     _finish(items, weights, stats)
 
 
