@@ -257,8 +257,7 @@ float ref_adam(float *m, float *v, float g, const qg_adam_coefficients *c) {
 }
 
 qg_adam_coefficients ref_adam_coefficients(double beta1, double beta2, double eps, int64_t t) {
-    return (qg_adam_coefficients){
-        .beta1 = (float)beta1,
+    return (qg_adam_coefficients){.beta1 = (float)beta1,
         .one_minus_beta1 = (float)(1.0 - beta1),
         .beta2 = (float)beta2,
         .one_minus_beta2 = (float)(1.0 - beta2),
@@ -267,7 +266,118 @@ qg_adam_coefficients ref_adam_coefficients(double beta1, double beta2, double ep
         .eps = (float)eps};
 }
 
+/* ---------------------------------------------------------------- whole arrays */
+
+/* bfloat16 by the noise: the upper 16 bits of bits + (j >> 8), never infinity from a finite value. */
+static uint16_t stochastic_bfloat16(float value, uint32_t j) {
+    uint32_t bits, up;
+    memcpy(&bits, &value, sizeof bits);
+    up = bits + (j >> 8);
+    return (uint16_t)((up & 0x7F800000) == 0x7F800000 && isfinite(value) ? bits >> 16 : up >> 16);
+}
+
+static void update_group(
+    const qg_weight *w,
+    int64_t at,
+    int64_t count,
+    const float *u,
+    const qg_update_coefficients *c,
+    const qg_noise_stream *stream,
+    int64_t *stats) {
+    int32_t j[4096];
+    int64_t g = at / w->group_size;
+    for (int64_t i = 0; i < count; i++)
+        j[i] = (int32_t)ref_noise(stream, (uint64_t)(at + i));
+    int how = ref_int8_update((uint8_t *)w->data + at, &w->scales[g], &w->zeros[g], u, count, c, j);
+    stats[0] += how == REF_SHIFTED;
+    stats[1] += how == REF_RERANGED;
+}
+
+void ref_update(
+    const qg_weight *w,
+    int64_t first,
+    int64_t count,
+    const float *u,
+    const qg_update_coefficients *c,
+    const qg_noise_stream *stream,
+    int64_t *stats) {
+    if (w->format == QG_INT8) {
+        for (int64_t at = 0, n = 0; at < count; at += n) {
+            n = count - at < w->group_size ? count - at : w->group_size;
+            update_group(w, first + at, n, u + at, c, stream, stats);
+        }
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        float kept = ref_load(w->format, w->data, first + i) * c->keep, moved = c->rate * u[i];
+        if (w->format == QG_BFLOAT16 && c->stochastic)
+            ((uint16_t *)w->data)[first + i] =
+                stochastic_bfloat16(kept - moved, ref_noise(stream, (uint64_t)(first + i)));
+        else
+            ref_store(w->format, w->data, first + i, kept - moved);
+    }
+}
+
+static int64_t absmax_index(const qg_moments *a, int64_t row, int64_t cols, int64_t first) {
+    return row * ((cols + a->block - 1) / a->block) + first / a->block;
+}
+
+void ref_load_moments(
+    float *m,
+    float *v,
+    const qg_moments *a,
+    int64_t row,
+    int64_t cols,
+    int64_t first,
+    int64_t count) {
+    int64_t at = row * cols + first;
+    if (a->format == QG_FLOAT32) {
+        memcpy(m, (float *)a->exp_avg + at, (size_t)count * 4);
+        memcpy(v, (float *)a->exp_avg_sq + at, (size_t)count * 4);
+        return;
+    }
+    int64_t b = absmax_index(a, row, cols, first);
+    for (int64_t i = 0; i < count; i++) {
+        m[i] = ref_entry(1, ((uint8_t *)a->exp_avg)[at + i]) * a->exp_avg_absmax[b];
+        v[i] = ref_entry(0, ((uint8_t *)a->exp_avg_sq)[at + i]) * a->exp_avg_sq_absmax[b];
+    }
+}
+
+void ref_adam_block(
+    const qg_moments *a,
+    int64_t row,
+    int64_t cols,
+    int64_t first,
+    int64_t count,
+    const float *g,
+    float *normalised,
+    const qg_adam_coefficients *c) {
+    float m[5000], v[5000];
+    int64_t at = row * cols + first;
+    ref_load_moments(m, v, a, row, cols, first, count);
+    for (int64_t i = 0; i < count; i++)
+        normalised[i] = ref_adam(&m[i], &v[i], g[i], c);
+    if (a->format == QG_FLOAT32) {
+        memcpy((float *)a->exp_avg + at, m, (size_t)count * 4);
+        memcpy((float *)a->exp_avg_sq + at, v, (size_t)count * 4);
+        return;
+    }
+    int64_t b = absmax_index(a, row, cols, first);
+    ref_dynamic8((uint8_t *)a->exp_avg + at, &a->exp_avg_absmax[b], m, count, 1, 1);
+    ref_dynamic8((uint8_t *)a->exp_avg_sq + at, &a->exp_avg_sq_absmax[b], v, count, 0, 0);
+}
+
 /* ---------------------------------------------------------------- linear algebra */
+
+/* ref_load for the two formats of a GEMM, without its calls of ldexp. */
+static inline double gemm_load(qg_format format, const void *array, int64_t index) {
+    if (format == QG_FLOAT32)
+        return ((const float *)array)[index];
+    uint32_t bits = (uint32_t)((const uint16_t *)array)[index] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 static qg_status plain_gemm(
     void *context,
@@ -290,7 +400,7 @@ static qg_status plain_gemm(
         for (int64_t j = 0; j < n; j++) {
             double sum = 0.0;
             for (int64_t l = 0; l < k; l++)
-                sum += (double)ref_load(format, a, i * a_row + l * a_col) * ref_load(format, b, l * b_row + j * b_col);
+                sum += gemm_load(format, a, i * a_row + l * a_col) * gemm_load(format, b, l * b_row + j * b_col);
             ref_store(format, c, i * c_row + j, (float)sum);
         }
     }

@@ -59,6 +59,39 @@ void ref_projector(uint8_t *codes, uint16_t *scale, uint8_t *zero, const float *
 float ref_adam(float *m, float *v, float g, const qg_adam_coefficients *c);
 qg_adam_coefficients ref_adam_coefficients(double beta1, double beta2, double eps, int64_t t);
 
+/* ---------------------------------------------------------------- whole arrays */
+
+/* Elements [first, first + count) of a weight; for INT8, whole groups. stats: groups shifted, groups re-ranged. */
+void ref_update(
+    const qg_weight *weight,
+    int64_t first,
+    int64_t count,
+    const float *u,
+    const qg_update_coefficients *coefficients,
+    const qg_noise_stream *stream,
+    int64_t *stats);
+
+/* Elements [first, first + count) of row `row`, within one block, of moments whose rows have `cols` elements. */
+void ref_adam_block(
+    const qg_moments *moments,
+    int64_t row,
+    int64_t cols,
+    int64_t first,
+    int64_t count,
+    const float *g,
+    float *normalised,
+    const qg_adam_coefficients *coefficients);
+
+/* The decoded moments of the same elements. */
+void ref_load_moments(
+    float *m,
+    float *v,
+    const qg_moments *moments,
+    int64_t row,
+    int64_t cols,
+    int64_t first,
+    int64_t count);
+
 /* ---------------------------------------------------------------- linear algebra */
 
 /* The context of the plain gemm below: calls are counted, and the call number `fail_at` (from 1) fails. */

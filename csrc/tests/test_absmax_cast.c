@@ -104,7 +104,8 @@ static void test_cast_values(void) {
     for (int c = 0; c < 9; c++) {
         qg_format from = formats[c % 3], to = formats[c / 3];
         int64_t count = interesting(values, to, check_count(MOST, 4000));
-        void *source = guarded((size_t)count * ref_size(from), ref_size(from)), *want = guarded((size_t)count * ref_size(to), 0);
+        void *source = guarded((size_t)count * ref_size(from), ref_size(from)),
+             *want = guarded((size_t)count * ref_size(to), 0);
         for (int64_t i = 0; i < count; i++) {
             ref_store(from, source, i, values[i]);
             ref_store(to, want, i, ref_load(from, source, i));
@@ -116,8 +117,10 @@ static void test_cast_values(void) {
                 level(simd)->cast(got, to, source, from, 1, count, count);
                 int64_t wrong = 0;
                 for (int64_t i = 0; i < count; i++)
-                    wrong += !same(to, got, want, i) && (wrong > 0 || !CHECK(0, "format %d to %d, level %d: %a becomes %a, not %a",
-                        from, to, simd, ref_load(from, source, i), ref_load(to, got, i), ref_load(to, want, i)));
+                    wrong += !same(to, got, want, i) &&
+                             (wrong > 0 || !CHECK(
+                                               0, "format %d to %d, level %d: %a becomes %a, not %a", from, to, simd,
+                                               ref_load(from, source, i), ref_load(to, got, i), ref_load(to, want, i)));
                 CHECK(wrong == 0, "format %d to %d, level %d: %lld wrong", from, to, simd, (long long)wrong);
             }
         }
@@ -127,13 +130,14 @@ static void test_cast_values(void) {
 
 /* Rows with a stride: only the rows' own elements are read, the target is contiguous and fully written. */
 static void test_cast_shapes(void) {
-    static const int64_t shapes[][3] = {{0, 5, 5}, {5, 0, 3}, {1, 1, 1}, {3, 7, 7}, {3, 7, 11}, {2, 16, 17}, {5, 33, 40},
-        {257, 3, 5}, {11, 127, 128}, {64, 64, 200}};
+    static const int64_t shapes[][3] = {{0, 5, 5}, {5, 0, 3}, {1, 1, 1}, {3, 7, 7}, {3, 7, 11}, {2, 16, 17},
+        {5, 33, 40}, {257, 3, 5}, {11, 127, 128}, {64, 64, 200}};
     for (int c = 0; c < 90; c++) {
         int64_t rows = shapes[c % 10][0], cols = shapes[c % 10][1], stride = shapes[c % 10][2];
         int64_t count = rows * cols, length = rows == 0 ? 0 : (rows - 1) * stride + cols;
         qg_format from = formats[c / 10 % 3], to = formats[c / 30];
-        void *source = guarded((size_t)length * ref_size(from), ref_size(from)), *want = guarded((size_t)count * ref_size(to), 0);
+        void *source = guarded((size_t)length * ref_size(from), ref_size(from)),
+             *want = guarded((size_t)count * ref_size(to), 0);
         for (int64_t i = 0; i < length; i++)
             ref_store(from, source, i, (float)random_normal());
         for (int64_t i = 0; i < count; i++)
@@ -143,7 +147,9 @@ static void test_cast_shapes(void) {
                 void *got = guarded((size_t)count * ref_size(to), ref_size(to) * (size_t)(threads - 1));
                 omp_set_num_threads(threads);
                 level(simd)->cast(got, to, source, from, rows, cols, stride);
-                CHECK_BYTES(got, want, (size_t)count * ref_size(to), "shape %d, format %d to %d, level %d", c % 10, from, to, simd);
+                CHECK_BYTES(
+                    got, want, (size_t)count * ref_size(to), "shape %d, format %d to %d, level %d", c % 10, from, to,
+                    simd);
             }
         }
         RELEASE("cast writes outside its output");

@@ -42,7 +42,8 @@ static void encode_pending(int is_signed, const char *what) {
         CHECK_OK(qg_dynamic8_quantize(codes, absmax, pending, 1, pending_count, BLOCK, is_signed, level(simd)));
         for (int64_t i = 0; i < pending_count; i++) {
             if (codes[i] != want[i]) {
-                CHECK(0, "%s, signed %d, level %d: %a becomes %d, not %d", what, is_signed, simd, pending[i], codes[i],
+                CHECK(
+                    0, "%s, signed %d, level %d: %a becomes %d, not %d", what, is_signed, simd, pending[i], codes[i],
                     want[i]);
                 break;
             }
@@ -83,7 +84,8 @@ static void test_nearest(void) {
             encode_around(edge, ulps, is_signed, "decades");
             encode_around(-edge, ulps, is_signed, "decades");
         }
-        static const float special[] = {0.0f, -0.0f, 0x1p-149f, -0x1p-149f, 0x1p-126f, -0x1p-126f, 0x1p-130f, -1.0f, 1e-30f};
+        static const float special[] = {
+            0.0f, -0.0f, 0x1p-149f, -0x1p-149f, 0x1p-126f, -0x1p-126f, 0x1p-130f, -1.0f, 1e-30f};
         for (int i = 0; i < 9; i++)
             encode(special[i], is_signed, "special values");
         encode_pending(is_signed, "decades and special values");
@@ -163,7 +165,8 @@ static void test_threads(void) {
             CHECK_OK(qg_dynamic8_dequantize(back, codes, absmax, rows, cols, 256, 1, level(simd)));
             double worst = 0.0; /* half of the widest gap of the map (0.9 / 64), relative to the absmax */
             for (int64_t i = 0; i < count; i++)
-                worst = fmax(worst, fabs(back[i] - values[i]) / absmax[i / cols * ((cols + 255) / 256) + i % cols / 256]);
+                worst =
+                    fmax(worst, fabs(back[i] - values[i]) / absmax[i / cols * ((cols + 255) / 256) + i % cols / 256]);
             CHECK(worst <= 0.9 / 128 + 1e-6, "the round trip is off by %g of the absmax", worst);
         }
     }

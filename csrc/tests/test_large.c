@@ -75,7 +75,10 @@ static void test_weight_update(qg_format format) {
 
 /* The last vectors of a basis with more than 2^33 elements. */
 static void test_projector(qg_format format) {
-    int64_t rank = 100003, dim = 99991, row_bytes = format == QG_INT4 ? (dim + 1) / 2 : format == QG_INT8 ? dim : 4 * dim;
+    int64_t rank = 100003, dim = 99991,
+            row_bytes = format == QG_INT4   ? (dim + 1) / 2
+                        : format == QG_INT8 ? dim
+                                            : 4 * dim;
     int64_t per_row = (dim + 255) / 256, col = dim - 301;
     uint8_t *codes = reserve((size_t)(rank * row_bytes)), *zeros = reserve((size_t)(rank * per_row));
     uint16_t *scales = reserve((size_t)(rank * per_row) * 2);
@@ -125,8 +128,10 @@ static void test_adam_and_cast(qg_format format) {
         for (int i = 0; i < 2 * TAIL; i++)
             g[i] = (float)random_normal();
         for (int64_t row = 0; row < 2; row++) {
-            memcpy(small_m + row * TAIL * (int64_t)element, m + (row * cols + first) * (int64_t)element, TAIL * element);
-            memcpy(small_v + row * TAIL * (int64_t)element, v + (row * cols + first) * (int64_t)element, TAIL * element);
+            memcpy(
+                small_m + row * TAIL * (int64_t)element, m + (row * cols + first) * (int64_t)element, TAIL * element);
+            memcpy(
+                small_v + row * TAIL * (int64_t)element, v + (row * cols + first) * (int64_t)element, TAIL * element);
             memcpy(small_m_absmax + 3 * row, m_absmax + (row + 1) * blocks - 3, 12);
             memcpy(small_v_absmax + 3 * row, v_absmax + (row + 1) * blocks - 3, 12);
         }
@@ -136,9 +141,11 @@ static void test_adam_and_cast(qg_format format) {
         level(simd)->adam(&same, TAIL, 2, 0, TAIL, g, QG_FLOAT32, TAIL, small_n, TAIL, &c);
         CHECK_BYTES(n, small_n, sizeof n, "N at the end of huge moments, format %d, level %d", format, simd);
         for (int64_t row = 0; row < 2; row++) {
-            CHECK_BYTES(m + (row * cols + first) * (int64_t)element, small_m + row * TAIL * (int64_t)element, TAIL * element,
+            CHECK_BYTES(
+                m + (row * cols + first) * (int64_t)element, small_m + row * TAIL * (int64_t)element, TAIL * element,
                 "exp_avg, row %lld, level %d", (long long)row, simd);
-            CHECK_BYTES(m_absmax + (row + 1) * blocks - 3, small_m_absmax + 3 * row, format == QG_DYNAMIC8 ? 12 : 0,
+            CHECK_BYTES(
+                m_absmax + (row + 1) * blocks - 3, small_m_absmax + 3 * row, format == QG_DYNAMIC8 ? 12 : 0,
                 "absmax, row %lld, level %d", (long long)row, simd);
         }
         if (format == QG_FLOAT32) {

@@ -8,7 +8,7 @@ static void test_philox_known_answers(void) {
         {0, 0, 0, 0, 0, 0, 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8},
         {~0u, ~0u, ~0u, ~0u, ~0u, ~0u, 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd},
         {0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0, 0xd16cfe09, 0x94fdcceb, 0x5001e420,
-         0x24126ea1},
+            0x24126ea1},
     };
     for (int i = 0; i < 3; i++) {
         uint32_t out[4];
@@ -33,8 +33,9 @@ static void test_noise_reference(void) {
                     want[i] = (int32_t)ref_noise(&stream, (uint64_t)(starts[s] + i));
                 int32_t *got = guarded((size_t)counts[c] * 4, 4 * (size_t)(c % 3));
                 CHECK_OK(qg_noise(got, stream.seed, stream.id, stream.step, starts[s], counts[c], backend));
-                CHECK_BYTES(got, want, (size_t)counts[c] * 4, "noise at %lld, count %lld, level %d",
-                    (long long)starts[s], (long long)counts[c], simd);
+                CHECK_BYTES(
+                    got, want, (size_t)counts[c] * 4, "noise at %lld, count %lld, level %d", (long long)starts[s],
+                    (long long)counts[c], simd);
                 RELEASE("noise writes outside its output");
             }
         }
@@ -82,8 +83,11 @@ static void test_noise_statistics(void) {
     for (int i = 0; i < 256; i++)
         chi += (cells[i] - n / 256.0) * (cells[i] - n / 256.0) / (n / 256.0);
     CHECK(fabs(chi - 255.0) < 5.0 * sqrt(2.0 * 255.0), "chi squared of 256 cells is %g", chi);
-    static const struct { uint64_t seed, step; uint32_t id; int64_t start; } other[] = {
-        {42, 100, 7, 1}, {42, 101, 7, 0}, {42, 100, 8, 0}, {43, 100, 7, 0}, {42, 100, 7, INT64_C(1) << 32},
+    static const struct {
+        uint64_t seed, step;
+        uint32_t id;
+        int64_t start;
+    } other[] = {{42, 100, 7, 1}, {42, 101, 7, 0}, {42, 100, 8, 0}, {43, 100, 7, 0}, {42, 100, 7, INT64_C(1) << 32},
         {UINT64_C(42) << 32, 100, 7, 0}, {42, UINT64_C(100) << 32, 7, 0}, {42, 7, 100, 0}, {42, 100, 7, 256}};
     for (int o = 0; o < 9; o++) {
         CHECK_OK(qg_noise(b, other[o].seed, other[o].id, other[o].step, other[o].start, count, level(QG_SIMD_SCALAR)));
@@ -98,7 +102,8 @@ static void test_noise_statistics(void) {
         CHECK(fabs(product) < 5.0 * 0x1p48 / 12.0 * sqrt(n), "stream %d is correlated: %g", o, product / n);
         CHECK(equal < 10, "stream %d repeats %lld values", o, (long long)equal);
         for (int bit = 0; bit < 24; bit++)
-            CHECK(z_score((double)bits[bit], n, 0.5, 0.25) < 5.0, "stream %d, bit %d: %lld", o, bit,
+            CHECK(
+                z_score((double)bits[bit], n, 0.5, 0.25) < 5.0, "stream %d, bit %d: %lld", o, bit,
                 (long long)bits[bit]);
     }
     RELEASE("noise writes outside its output");

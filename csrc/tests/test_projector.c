@@ -10,16 +10,26 @@ enum { SHAPES = 14, KINDS = 10 };
 static float value_of(int kind, int64_t i) {
     double u = random_uniform(-1.0, 1.0);
     switch (kind) {
-    case 1: return (float)(0.5 + 0.4 * u);
-    case 2: return (float)(-0.5 + 0.4 * u);
-    case 3: return 0.0f;
-    case 4: return i % 17 == 3 ? 1.0f : (float)(1e-4 * u);
-    case 5: return (float)(1e-38 * u);
-    case 6: return (float)(1e38 * u);
-    case 7: return 0.25f;
-    case 8: return i % 2 ? -0.0f : 0.0f;
-    case 9: return (float)(u * exp(random_uniform(-60.0, 30.0)));
-    default: return (float)(0.02 * random_normal());
+    case 1:
+        return (float)(0.5 + 0.4 * u);
+    case 2:
+        return (float)(-0.5 + 0.4 * u);
+    case 3:
+        return 0.0f;
+    case 4:
+        return i % 17 == 3 ? 1.0f : (float)(1e-4 * u);
+    case 5:
+        return (float)(1e-38 * u);
+    case 6:
+        return (float)(1e38 * u);
+    case 7:
+        return 0.25f;
+    case 8:
+        return i % 2 ? -0.0f : 0.0f;
+    case 9:
+        return (float)(u * exp(random_uniform(-60.0, 30.0)));
+    default:
+        return (float)(0.02 * random_normal());
     }
 }
 
