@@ -265,7 +265,7 @@ static void test_rerange(void) {
         double total = 0.0, total_variance = 0.0;
         int off = 0;
         for (int i = 0; i < COUNT; i++) {
-            off += fabs(sum[i]) > 5.5 * sqrt(variance[i]) + 1e-4 * (double)steps;
+            off += fabs(sum[i]) > 6.0 * sqrt(variance[i]) + 3.0; /* + 3: few draws are not normal */
             total += sum[i];
             total_variance += variance[i];
         }
