@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,7 @@ class QGaLoreLinear(nn.Module):
         layer._retie(weight.device)
         if layer.weight_bits is None:
             linear.weight.requires_grad_(False)
-            layer._parameters["weight"] = linear.weight
+            layer.register_parameter("weight", cast(nn.Parameter, linear.weight))
         else:
             for name, value in zip(("qweight", "scales", "zeros"), layer._quantise(weight), strict=True):
                 layer._buffers[name] = value
@@ -177,7 +177,11 @@ class QGaLoreLinear(nn.Module):
     def leaf(self) -> ZeroLeaf:
         """The parameter of zeros that an optimizer takes: ``coordinates`` or ``weight``."""
         leaf = self._parameters[self._leaf_name]
-        assert isinstance(leaf, ZeroLeaf)
+        if not isinstance(leaf, ZeroLeaf):
+            kind = type(leaf).__name__
+            raise RuntimeError(
+                f"the zero leaf of {self.label or 'a QGaLoreLinear'} was replaced by a {kind}: leave it alone"
+            )
         return leaf
 
     def _low_rank_shape(self) -> tuple[int, int]:

@@ -160,6 +160,8 @@ class QGaLoreAdamW8bit(Optimizer):
         """Lend the projectors to the layers, and tell them what is due."""
         for parameter, _, group in self._parameters():
             if is_low_rank(parameter):
+                if parameter.binding is not None:
+                    parameter.binding.drop()
                 parameter.binding = Binding(self.state[parameter], group)
         self._mark_due()
 

@@ -140,9 +140,9 @@ def _update_alike(items: list[Work]) -> None:
         ops.adam8_step_(*lists, *counts, **common)
     else:
         projectors = [[s[key] for s in states] for key in ("proj_codes", "proj_scales", "proj_zeros")]
-        sides = [s["side"] for s in states]
+        arguments: list[Any] = [*lists, *projectors, [s["side"] for s in states], *counts]
         common.update({key: group[key] for key in ("proj_format", "proj_block", "scale", "compute_dtype")})
-        ops.galore_step_(*lists, *projectors, sides, *counts, low_rank=first.low_rank, **common)
+        ops.galore_step_(*arguments, low_rank=first.low_rank, **common)
     _finish(items, weights, stats)
 
 
