@@ -57,28 +57,23 @@ QG_INLINE float qg_int8_decode(uint8_t q, qg_affine range) {
 
 /* d, in steps of the group; step = rate / scale. */
 QG_INLINE float qg_int8_distance(uint8_t q, int32_t zero, float u, float decay, float step) {
-    float d = -(decay * (float)((int32_t)q - zero)) - step * u;
-    d = d < FLT_MAX ? d : FLT_MAX;
-    return d > -FLT_MAX ? d : -FLT_MAX;
+    return qg_clamp(-(decay * (float)((int32_t)q - zero)) - step * u, FLT_MAX);
 }
 
-/* No code moves further than 2^20, which keeps the integers small; the range of the group comes from q + d itself. */
-QG_INLINE float qg_int8_clamp(float d) {
-    d = d < 0x1p20f ? d : 0x1p20f;
-    return d > -0x1p20f ? d : -0x1p20f;
-}
+/* No code moves further than this, which keeps the integers small; the range of the group comes from q + d itself. */
+#define QG_FURTHEST 0x1p20f
 
-/* q' - q. The threshold is rint(2^24 (d - floor d)): from 2^23 on a float is an integer already. */
+/* q' - q. The threshold is rint(2^24 (d - floor d)); from 2^23 on a float is an integer already. */
 QG_INLINE int32_t qg_int8_move_stochastic(float d, int32_t noise) {
-    const float clamped = qg_int8_clamp(d);
+    const float clamped = qg_clamp(d, QG_FURTHEST);
     const int32_t whole = qg_floor(clamped);
     const float threshold = 0x1p24f * (clamped - (float)whole);
-    const int32_t small = (int32_t)(qg_bits(threshold + 0x1p23f) - 0x4b000000u);
-    return whole + (noise < (threshold < 0x1p23f ? small : (int32_t)threshold));
+    const float shift = threshold < 0x1p23f ? 0x1p23f : 0;
+    return whole + (noise < (int32_t)((threshold + shift) - shift));
 }
 
 QG_INLINE int32_t qg_int8_move_nearest(float d) {
-    return qg_round(qg_int8_clamp(d));
+    return qg_round(qg_clamp(d, QG_FURTHEST));
 }
 
 /* The code of an element in a new range: relative = q + d - z in the old one, ratio = old scale / new scale. */

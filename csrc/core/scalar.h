@@ -45,6 +45,14 @@ QG_INLINE int32_t qg_magnitude(float x) {
     return (int32_t)(qg_bits(x) & 0x7fffffff);
 }
 
+/* Choices as masks: gcc turns several choices on one number into branches, and then does not vectorise the loop. */
+QG_INLINE uint32_t qg_less(uint32_t a, uint32_t b) {
+    return (uint32_t)((int32_t)(a - b) >> 31);
+} /* a, b < 2^31 */
+QG_INLINE uint32_t qg_choose(uint32_t mask, uint32_t a, uint32_t b) {
+    return b ^ ((a ^ b) & mask);
+}
+
 /* ---------------------------------------------------------------- rounding */
 
 /* rint(x) for |x| <= 2^22: next to 1.5 2^23 floats are one apart, and their low bits count. */
@@ -56,6 +64,12 @@ QG_INLINE int32_t qg_round(float x) {
 QG_INLINE int32_t qg_floor(float x) {
     const int32_t towards_zero = (int32_t)x;
     return towards_zero - ((float)towards_zero > x);
+}
+
+/* x with |x| at most limit > 0. As integers: gcc turns two such choices between floats into branches. */
+QG_INLINE float qg_clamp(float x, float limit) {
+    const int32_t magnitude = qg_magnitude(x) < qg_magnitude(limit) ? qg_magnitude(x) : qg_magnitude(limit);
+    return qg_float((qg_bits(x) & 0x80000000) | (uint32_t)magnitude);
 }
 
 /* rint(x) for |x| <= 2^51. */
@@ -90,11 +104,9 @@ QG_INLINE float qg_from_float16(uint16_t half) {
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
     const uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13;
     /* A denormal has exponent 0 and counts in units of 2^-24: give it the exponent of 2^-14 and take that away. */
-    const uint32_t denormal = qg_bits(qg_float(magnitude + 0x38800000) - 0x1p-14f);
-    const uint32_t normal = magnitude + 0x38000000;
-    const uint32_t special = magnitude | 0x7f800000 | (magnitude > 0x0f800000 ? 0x400000 : 0);
-    const uint32_t bits = magnitude < 0x00800000 ? denormal : magnitude < 0x0f800000 ? normal : special;
-    return qg_float(sign | bits);
+    const uint32_t away = qg_less(magnitude, 0x00800000) & 0x38800000; /* 2^-14, or 0 */
+    const uint32_t finite = qg_bits(qg_float(magnitude + (away | 0x38000000)) - qg_float(away));
+    return qg_float(sign | qg_choose(qg_less(magnitude, 0x0f800000), finite, magnitude | 0x7f800000));
 }
 
 /* To nearest, ties to even; too large becomes infinite, a NaN stays one. */
@@ -102,11 +114,13 @@ QG_INLINE uint16_t qg_to_float16(float x) {
     const uint32_t sign = (qg_bits(x) >> 16) & 0x8000;
     const uint32_t magnitude = qg_bits(x) & 0x7fffffff;
     /* Below 2^-14 the last place is 2^-24, the spacing of floats next to 0.5. */
-    const uint32_t denormal = qg_bits(qg_float(magnitude) + 0.5f) - 0x3f000000;
+    const uint32_t denormal = qg_less(magnitude, 0x38800000);
+    const uint32_t half = denormal & 0x3f000000; /* 0.5, or 0 */
+    const uint32_t shifted = qg_bits(qg_float(magnitude) + qg_float(half)) - half;
     const uint32_t normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    const uint32_t finite = magnitude < 0x38800000 ? denormal : normal;
-    return (uint16_t)(sign | (magnitude < 0x477ff000 ? finite : special));
+    const uint32_t finite = qg_choose(denormal, shifted, normal);
+    const uint32_t special = 0x7c00 | (qg_less(0x7f800000, magnitude) & 0x200);
+    return (uint16_t)(sign | qg_choose(qg_less(magnitude, 0x477ff000), finite, special));
 }
 
 /* ---------------------------------------------------------------- noise */
