@@ -18,9 +18,12 @@ MAKEFLAGS += --no-print-directory
 CSRC := $(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cpp' \
 	-o -name '*.cu' -o -name '*.cuh' \) -print)
 
+C_FILES := find csrc -path csrc/tests/build -prune -o -type f \( -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cpp' \
+	-o -name '*.cu' -o -name '*.cuh' \) -print0
+
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test ctest pytest build bench lint format sanitize clean distclean
+.PHONY: help demo test ctest pytest build bench lint ruff mypy clang-format format sanitize clean distclean
 
 help:
 	@echo "make demo       train a small LLaMA with Q-GaLore on real text, print held-out loss, plot the curve"
@@ -56,18 +59,22 @@ ctest:
 	@if command -v valgrind > /dev/null; then $(MAKE) -C csrc/tests valgrind; \
 	else echo "skipped: the C tests under valgrind (valgrind is not installed)"; fi
 
-lint: $(STAMPS)/dev
+lint: ruff mypy clang-format
+
+ruff: $(STAMPS)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+mypy: $(STAMPS)/dev
 	$(VENV)/bin/mypy
-	find csrc -type f \( -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) \
-	    -print0 | xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
+
+clang-format: $(STAMPS)/dev
+	$(C_FILES) | xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
 
 format: $(STAMPS)/dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	find csrc -type f \( -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) \
-	    -print0 | xargs -0 $(VENV)/bin/clang-format -i
+	$(C_FILES) | xargs -0 $(VENV)/bin/clang-format -i
 
 # The sanitized extension goes into build/sanitize and leaves the ordinary one alone. Both runtimes have to be loaded
 # first; PYTHONMALLOC lets ASan see Python's own buffers; leaks are valgrind's business (make ctest).
