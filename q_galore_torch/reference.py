@@ -68,7 +68,7 @@ def _multiply32(x: Tensor, factor: int) -> Tensor:
 
 def _grouped(x: Tensor, group: int) -> list[Tensor]:
     """The consecutive groups of a flat tensor (the last may be short)."""
-    return list(torch.split(x.reshape(-1), group))
+    return list(torch.split(x.reshape(-1), group)) if x.numel() else []
 
 
 def _weight_range(low: float, high: float) -> tuple[float, int]:
@@ -207,7 +207,7 @@ def _pack4(codes: Tensor) -> Tensor:
 
 
 def _unpack4(packed: Tensor, dim: int) -> Tensor:
-    return torch.stack([packed & 15, packed >> 4], dim=2).view(packed.shape[0], -1)[:, :dim]
+    return torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)[:, :dim]
 
 
 # ---------------------------------------------------------------- moments
@@ -305,7 +305,8 @@ def _adam(
     m = m * _float32(beta1) + gradient * _float32(1 - beta1)
     v = v * _float32(beta2) + (gradient * gradient) * _float32(1 - beta2)
     bias1, bias2 = _float32(1 / (1 - beta1**t)), _float32(1 / (1 - beta2**t) ** 0.5)
-    normalised = (m * bias1) / (v.sqrt() * bias2 + _float32(eps))
+    root = v.double().sqrt().float()  # correctly rounded; torch's float32 sqrt may be off by one unit
+    normalised = (m * bias1) / (root * bias2 + _float32(eps))
     if quantised:
         codes, absmax1 = dynamic8_quantize(m, True, block)
         lost = (codes == 127) & (m != 0)  # a first moment that lost its sign moves one code towards it

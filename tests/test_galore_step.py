@@ -10,8 +10,7 @@ from shapes import same_bits, spread
 from steps import HYPER, MOMENTS, WEIGHTS, clone, fresh_moments, weight_parts, weight_value
 
 SIDES = pytest.mark.parametrize("side", [ops.RIGHT, ops.LEFT], ids=["right", "left"])
-LEVELS = pytest.mark.parametrize("level", ops.simd_levels())
-SHAPES = [(1, 1), (40, 24), (24, 40), (300, 7), (7, 300), (515, 260), (33, 1021)]
+SHAPES = [(1, 1), (40, 24), (7, 300), (515, 41), (33, 521)]
 
 
 def make(m, n, rank, side, *, storage="float32", moments="float32", proj_format="float32", block=256, integer=False):
@@ -48,38 +47,38 @@ def run(module, weights, states, projector, grad, side, step, *, proj_format="fl
     return stats
 
 
-@LEVELS
 @SIDES
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("m, n", SHAPES)
-def test_galore_moments_equal_reference(level, side, moments, m, n):
+def test_galore_moments_equal_reference(side, moments, m, n):
     """With small integers every GEMM sum is exact, so R and the moments must be equal bit for bit."""
-    ops.set_simd_level(level)
     weights, states, projector = make(m, n, 12, side, moments=moments, integer=True)
-    expected_weights, expected_states = clone(weights), clone(states)
+    levels = {level: (clone(weights), clone(states)) for level in ops.simd_levels()}
     for step in (1, 2):
         grad = torch.randint(-8, 9, (m, n)).float()
-        run(ops, weights, states, projector, grad, side, step)
-        run(reference, expected_weights, expected_states, projector, grad, side, step)
-        assert all(same_bits(a[0], b[0]) for a, b in zip(states, expected_states, strict=True))
-    torch.testing.assert_close(weights[0][0], expected_weights[0][0], rtol=1e-5, atol=1e-6)
+        run(reference, weights, states, projector, grad, side, step)
+        for level, (our_weights, our_states) in levels.items():
+            ops.set_simd_level(level)
+            run(ops, our_weights, our_states, projector, grad, side, step)
+            assert all(same_bits(a[0], b[0]) for a, b in zip(our_states, states, strict=True)), level
+            torch.testing.assert_close(our_weights[0][0], weights[0][0], rtol=1e-5, atol=1e-6)
 
 
-@LEVELS
 @SIDES
 @pytest.mark.parametrize("storage", WEIGHTS)
 @pytest.mark.parametrize("m, n", SHAPES)
-def test_galore_rank_one_equals_reference(level, side, storage, m, n):
+def test_galore_rank_one_equals_reference(side, storage, m, n):
     """At rank one the update is a product without a sum: weights too are equal bit for bit."""
-    ops.set_simd_level(level)
     weights, states, projector = make(m, n, 1, side, storage=storage, moments="dynamic8", integer=True)
-    expected = clone(weights), clone(states)
+    levels = {level: (clone(weights), clone(states)) for level in ops.simd_levels()}
     for step in (1, 2):
         grad = torch.randint(-8, 9, (m, n)).float()
-        stats = run(ops, weights, states, projector, grad, side, step)
-        assert torch.equal(stats, run(reference, *expected, projector, grad, side, step))
-    for got, want in zip(weights + states, expected[0] + expected[1], strict=True):
-        assert same_bits(got[0], want[0])
+        stats = run(reference, weights, states, projector, grad, side, step)
+        for level, (our_weights, our_states) in levels.items():
+            ops.set_simd_level(level)
+            assert torch.equal(run(ops, our_weights, our_states, projector, grad, side, step), stats)
+            for got, want in zip(our_weights + our_states, weights + states, strict=True):
+                assert same_bits(got[0], want[0]), level
 
 
 @SIDES
@@ -101,15 +100,16 @@ def test_galore_equals_float64_formula(side, proj_format, grad_dtype, m, n):
             projected = grad.double()
         else:
             projected = basis @ (grad.double().t() if side == ops.RIGHT else grad.double())
-        run(ops, weights, states, projector, grad, side, 3, proj_format=proj_format, low_rank=low_rank)
+        # A large rate, so that the rounding of the float32 weight itself does not drown the update's error.
+        run(ops, weights, states, projector, grad, side, 3, proj_format=proj_format, low_rank=low_rank, lr=1.0)
         m1 = 0.9 * before[1] + 0.1 * projected
         v1 = 0.999 * before[2] + 0.001 * projected**2
         direction = (m1 / (1 - 0.9**3)) / ((v1 / (1 - 0.999**3)).sqrt() + 1e-8)
         update = direction.t() @ basis if side == ops.RIGHT else basis.t() @ direction
-        exact = before[0] * (1 - 0.01 * 0.1) - 0.01 * 0.25 * update
+        exact = before[0] * (1 - 0.1) - 0.25 * update
         error = (weights[0][0].double() - exact).norm() / (exact - before[0]).norm().clamp(min=1e-9)
-        assert error < 1e-4 if m * n == 1 else error < 1e-5
-        torch.testing.assert_close(states[0][0].double(), m1, rtol=1e-4, atol=1e-5)
+        assert error < 1e-5
+        torch.testing.assert_close(states[0][0].double(), m1, rtol=1e-5, atol=1e-5)
 
 
 @SIDES
@@ -129,23 +129,24 @@ def test_galore_low_rank_gradient_equals_full_gradient(side):
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_galore_bfloat16_gemms_are_close(side, low_rank):
     weights, states, projector = make(300, 520, 32, side, proj_format="int4")
+    states[1][0].fill_(1.0)  # N smooth in R: from v = 0 it is the sign of R, which no rounding approximates
     start = weights[0][0].clone()
     expected_weights, expected_states = clone(weights), clone(states)
     grad = torch.randn(states[0][0].shape if low_rank else (300, 520))
     options = dict(proj_format="int4", low_rank=low_rank)
-    run(ops, weights, states, projector, grad, side, 1, compute_dtype="bfloat16", **options)
-    run(ops, expected_weights, expected_states, projector, grad, side, 1, **options)
+    run(ops, weights, states, projector, grad, side, 1, compute_dtype="bfloat16", weight_decay=0.0, **options)
+    run(ops, expected_weights, expected_states, projector, grad, side, 1, weight_decay=0.0, **options)
     moved = (expected_weights[0][0] - start).norm()
-    assert (weights[0][0] - expected_weights[0][0]).norm() < 0.03 * moved
+    assert (weights[0][0] - expected_weights[0][0]).norm() < 0.01 * moved
 
 
 @SIDES
 def test_galore_int8_update_arrives_on_average(side):
     """100 steps of the same direction on INT8 weights: the mean movement is the exact one (3 %)."""
-    weights, states, projector = make(256, 512, 8, side, storage="int8")
+    weights, states, projector = make(128, 256, 8, side, storage="int8")
     before = weight_value(tuple(x[0] for x in weights))
     exact = before.double().clone()
-    grad = torch.randn(256, 512)
+    grad = torch.randn(128, 256)
     float_weights = [[before.clone()], [torch.empty(0)], [torch.empty(0, dtype=torch.int16)]]
     float_states = clone(states)
     for step in range(1, 101):
