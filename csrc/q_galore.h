@@ -66,8 +66,9 @@ typedef struct qg_weight {
     qg_format format;
 } qg_weight;
 
-/* Adam's two moments of a rows x cols array. FLOAT32, or DYNAMIC8 with one absmax for each `block` elements of a row;
- * a block never crosses a row. absmax arrays are NULL for FLOAT32. */
+/* Adam's two moments of a rows x cols array: R in a galore step, the weight as one row of rows cols elements in an adam8
+ * step. FLOAT32, or DYNAMIC8 with one absmax for each `block` elements of a row; a block never crosses a row. The absmax
+ * arrays are NULL for FLOAT32. */
 typedef struct qg_moments {
     void *exp_avg;
     void *exp_avg_sq;
@@ -197,8 +198,8 @@ typedef struct qg_step_params {
 } qg_step_params;
 
 /* One parameter of a step. `gradient` has the weight's shape (grad_format FLOAT32, BFLOAT16 or FLOAT16) or, for a
- * galore step with low_rank_gradient, R's shape (r x k). The moments have the weight's shape for adam8 (rows x cols:
- * blocks run along the row-major vector when rows == 1), R's shape for galore. The step counts start at 1 and already
+ * galore step with low_rank_gradient, R's shape (r x k). The moments have the weight's shape for adam8 (and
+ * their blocks run along the flat weight), R's shape for galore. The step counts start at 1 and already
  * count this step. */
 typedef struct qg_step_task {
     qg_weight weight;

@@ -116,8 +116,8 @@ struct qg_backend {
         int64_t *stats);
 
     /* adam and update in one pass over a weight that is not projected; the moments run along the flat weight.
-     * chunk is a multiple of the moments' block and of the weight's group size; scratch holds threads() chunks of
-     * float32. */
+     * chunk is a multiple of the moments' block and of the weight's group size, or the whole weight; scratch holds
+     * threads() chunks of float32. */
     void (*adam_update)(
         const qg_weight *weight,
         const qg_moments *moments,

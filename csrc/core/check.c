@@ -1,7 +1,19 @@
 /* check.c - every argument of a step is checked before the first byte is written; each failure is one sentence. */
 #include "core/check.h"
 
+#include <math.h>
+#include <stdio.h>
+
 #include "core/status.h"
+
+qg_status qg_check_sizes(const char *what, int64_t rows, int64_t cols) {
+    if (rows < 0 || cols < 0 || (cols > 0 && rows > INT64_MAX / 16 / cols)) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "%s: expected sizes >= 0 and fewer than 2^59 elements, got %lld x %lld", what,
+            (long long)rows, (long long)cols);
+    }
+    return QG_SUCCESS;
+}
 
 static qg_status check_params(const qg_step_params *params) {
     if (params == NULL || params->struct_size != sizeof *params) {
@@ -10,21 +22,24 @@ static qg_status check_params(const qg_step_params *params) {
     if (!(params->beta1 >= 0.0 && params->beta1 < 1.0) || !(params->beta2 >= 0.0 && params->beta2 < 1.0)) {
         return qg_fail(QG_INVALID_ARGUMENT, "betas: expected [0, 1), got (%g, %g)", params->beta1, params->beta2);
     }
-    double rate = params->lr * params->scale;
-    double decay = params->lr * params->weight_decay;
-    if (!(rate - rate == 0.0) || !(decay - decay == 0.0) || !(params->eps >= 0.0)) {
+    float rate = (float)(params->lr * params->scale);
+    float decay = (float)(params->lr * params->weight_decay);
+    float eps = (float)params->eps;
+    if (!isfinite(rate) || !isfinite(decay) || !isfinite(eps) || eps < 0.0f) {
         return qg_fail(
-            QG_INVALID_ARGUMENT, "lr, scale, weight_decay and eps must be finite and eps >= 0, got %g, %g, %g, %g",
-            params->lr, params->scale, params->weight_decay, params->eps);
+            QG_INVALID_ARGUMENT,
+            "lr, scale, weight_decay and eps must be finite in float32 and eps >= 0, got %g, %g, %g, %g", params->lr,
+            params->scale, params->weight_decay, params->eps);
     }
     return QG_SUCCESS;
 }
 
 static qg_status check_weight(const qg_weight *weight, int64_t index) {
-    if (weight->rows < 0 || weight->cols < 0) {
-        return qg_fail(
-            QG_INVALID_ARGUMENT, "weight %lld: expected sizes >= 0, got %lld x %lld", (long long)index,
-            (long long)weight->rows, (long long)weight->cols);
+    char name[40];
+    snprintf(name, sizeof name, "weight %lld", (long long)index);
+    qg_status status = qg_check_sizes(name, weight->rows, weight->cols);
+    if (status != QG_SUCCESS) {
+        return status;
     }
     if (weight->rows == 0 || weight->cols == 0) {
         return QG_SUCCESS;
@@ -81,6 +96,10 @@ static qg_status check_projection(const qg_step_task *task, int64_t index) {
         return qg_fail(
             QG_INVALID_ARGUMENT, "projector %lld: expected rank >= 1 vectors of length %lld, got %lld of %lld",
             (long long)index, (long long)dim, (long long)projector->rank, (long long)projector->dim);
+    }
+    qg_status status = qg_check_sizes("R", projector->rank, task->weight.rows + task->weight.cols);
+    if (status != QG_SUCCESS) {
+        return status;
     }
     switch (projector->format) {
     case QG_FLOAT32:

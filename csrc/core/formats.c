@@ -1,5 +1,6 @@
 /* formats.c - noise and formats of the C interface: arguments are checked here, then the kernels trust them. */
 #include "core/backend.h"
+#include "core/check.h"
 #include "core/status.h"
 
 #include <math.h>
@@ -12,15 +13,6 @@ static qg_status check_backend(const qg_backend *backend) {
 }
 
 /* Two sizes whose product is a number of elements that 64-bit byte offsets can address. */
-static qg_status check_sizes(const char *what, int64_t rows, int64_t cols) {
-    if (rows < 0 || cols < 0 || (cols > 0 && rows > INT64_MAX / 16 / cols)) {
-        return qg_fail(
-            QG_INVALID_ARGUMENT, "%s: expected sizes >= 0 and fewer than 2^59 elements, got %lld x %lld", what,
-            (long long)rows, (long long)cols);
-    }
-    return QG_SUCCESS;
-}
-
 static qg_status check_pointer(const char *what, const void *pointer) {
     return pointer != NULL ? QG_SUCCESS : qg_fail(QG_INVALID_ARGUMENT, "%s: expected an array, got NULL", what);
 }
@@ -56,7 +48,7 @@ static qg_status check_finite(
 static qg_status check_int8_weight(const qg_weight *weight) {
     qg_status status = check_pointer("weight", weight);
     if (status == QG_SUCCESS) {
-        status = check_sizes("weight", weight->rows, weight->cols);
+        status = qg_check_sizes("weight", weight->rows, weight->cols);
     }
     if (status == QG_SUCCESS && weight->format != QG_INT8) {
         status = qg_fail(QG_UNSUPPORTED, "weight: expected format INT8 (16), got %d", (int)weight->format);
@@ -76,7 +68,7 @@ static qg_status check_int8_weight(const qg_weight *weight) {
 static qg_status check_projector(const qg_projector *projector) {
     qg_status status = check_pointer("projector", projector);
     if (status == QG_SUCCESS) {
-        status = check_sizes("projector", projector->rank, projector->dim);
+        status = qg_check_sizes("projector", projector->rank, projector->dim);
     }
     if (status != QG_SUCCESS) {
         return status;
@@ -106,7 +98,7 @@ static qg_status check_projector(const qg_projector *projector) {
 static qg_status check_dynamic8(int64_t rows, int64_t cols, int32_t block, int is_signed, const qg_backend *backend) {
     qg_status status = check_backend(backend);
     if (status == QG_SUCCESS) {
-        status = check_sizes("moments", rows, cols);
+        status = qg_check_sizes("moments", rows, cols);
     }
     if (status == QG_SUCCESS) {
         status = check_block("block", block);
@@ -147,7 +139,7 @@ qg_status qg_absmax(float *out, const void *source, qg_format source_format, int
         status = check_pointer("out", out);
     }
     if (status == QG_SUCCESS) {
-        status = check_sizes("source", 1, count);
+        status = qg_check_sizes("source", 1, count);
     }
     if (status == QG_SUCCESS) {
         status = check_float_format("source", source_format, 1);

@@ -86,8 +86,10 @@ static int64_t weight_group(const qg_weight *weight) {
     return weight->format == QG_INT8 ? weight->group_size : 1;
 }
 
+/* Whole blocks and groups, or the whole weight where that is less. */
 static int64_t adam8_chunk(const qg_step_task *task) {
-    return common_multiple(moment_block(&task->moments), weight_group(&task->weight), CHUNK_ELEMENTS);
+    int64_t chunk = common_multiple(moment_block(&task->moments), weight_group(&task->weight), CHUNK_ELEMENTS);
+    return smaller(chunk, task->weight.rows * task->weight.cols);
 }
 
 /* Sizes and scratch offsets of one projected step. */
@@ -155,6 +157,10 @@ qg_status qg_adam8_scratch_size(
     const qg_step_params *params,
     const qg_backend *backend,
     size_t *bytes) {
+    if (backend == NULL || bytes == NULL) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "expected a table of kernels and a place for the size, one of them is NULL");
+    }
     qg_status status = qg_check_tasks(tasks, count, params, 0);
     if (status != QG_SUCCESS) {
         return status;
@@ -358,6 +364,9 @@ qg_status qg_galore_scratch_size(
     int64_t count,
     const qg_step_params *params,
     size_t *bytes) {
+    if (bytes == NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "expected a place for the size, got NULL");
+    }
     qg_status status = qg_check_tasks(tasks, count, params, 1);
     if (status != QG_SUCCESS) {
         return status;
@@ -385,6 +394,9 @@ qg_status qg_galore_step(
     qg_status status = qg_galore_scratch_size(tasks, count, params, &need);
     if (status != QG_SUCCESS || (status = check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
         return status;
+    }
+    if (backend == NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "backend: expected a table of kernels, got NULL");
     }
     if (linalg == NULL || linalg->struct_size != sizeof *linalg || linalg->gemm == NULL) {
         return qg_fail(QG_INVALID_ARGUMENT, "linalg: expected a qg_linalg with struct_size %zu", sizeof *linalg);
