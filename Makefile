@@ -79,11 +79,11 @@ format: $(STAMPS)/dev
 # The sanitized extension goes into build/sanitize and leaves the ordinary one alone. Both runtimes have to be loaded
 # first; PYTHONMALLOC lets ASan see Python's own buffers; leaks are valgrind's business (make ctest).
 SAN_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" PYTHONMALLOC=malloc \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=build/sanitize
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONPATH=$(CURDIR)/build/sanitize
 
 sanitize: $(STAMPS)/test $(CSRC)
 	Q_GALORE_SANITIZE=address,undefined Q_GALORE_CUDA=0 $(PY) setup.py --quiet build --build-lib build/sanitize
-	$(SAN_ENV) $(VENV)/bin/pytest -rs --import-mode=importlib -p no:cacheprovider $(PYTEST_ARGS)
+	$(SAN_ENV) $(VENV)/bin/pytest -rs -p no:cacheprovider $(PYTEST_ARGS)
 
 # ---------------------------------------------------------------- what is made once
 

@@ -18,6 +18,14 @@ settings.register_profile(
 settings.load_profile("project")
 
 
+def pytest_report_header() -> list[str]:
+    """Which extension is tested, and with which kernels."""
+    from q_galore_torch import _C, ops
+
+    level = f"SIMD {ops.simd_level()} of {', '.join(ops.simd_levels())}"
+    return [f"q_galore_torch: {_C.__file__}", f"{level}; torch {torch.__version__}, {THREADS} threads"]
+
+
 @pytest.fixture(autouse=True)
 def _same_start_for_every_test():
     """Each test starts from the same threads and seed, and leaves neither its dtype nor its modes to the next."""
