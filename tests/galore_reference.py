@@ -1,0 +1,66 @@
+"""GaLore-AdamW in plain float64, written from the formulas, for comparison with the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from q_galore_torch import QGaLoreAdamW8bit, ops
+
+
+def low_rank_stream(rows: int, cols: int, steps: int, seed: int = 0) -> list[Tensor]:
+    """Float32 gradients: a drifting signal with decaying singular values, and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randn(rows, 24, generator=generator), torch.randn(24, cols, generator=generator)
+    gradients = []
+    for _ in range(steps):
+        left = left + 0.1 * torch.randn(rows, 24, generator=generator)
+        signal = left * torch.arange(1.0, 25) ** -1.0 @ right
+        gradients.append(1e-3 * (signal + 0.3 * torch.randn(rows, cols, generator=generator)))
+    return gradients
+
+
+class Reference:
+    """One matrix: W, m and v in float64; the basis is handed in."""
+
+    def __init__(self, weight: Tensor, group: dict[str, Any]) -> None:
+        self.weight, self.group = weight.detach().double().clone(), group
+        self.m: Tensor | float = 0.0
+        self.v: Tensor | float = 0.0
+        self.t = 0
+
+    def step(self, gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
+        """Adam on R = P G^T (right) or P G (left), decay before the update; returns N."""
+        g, p, o = gradient.double(), basis.double(), self.group
+        beta1, beta2 = o["betas"]
+        self.t += 1
+        r = p @ (g.t() if right else g)
+        self.m = beta1 * self.m + (1 - beta1) * r
+        self.v = beta2 * self.v + (1 - beta2) * r * r
+        m, v = self.m / (1 - beta1**self.t), self.v / (1 - beta2**self.t)
+        n = m / (v.sqrt() + o["eps"])
+        update = n.t() @ p if right else p.t() @ n
+        self.weight = self.weight * (1 - o["lr"] * o["weight_decay"]) - o["lr"] * o["scale"] * update
+        return n
+
+
+def decoded_basis(opt: QGaLoreAdamW8bit, parameter: Tensor) -> Tensor:
+    """The basis that the last step used (plain parameters) or the next one will use."""
+    state, group = opt.state[parameter], opt.param_groups[0]
+    return ops.projector_dequantize(
+        *(state[f"proj_{part}"] for part in ("codes", "scales", "zeros")),
+        group["proj_format"],
+        group["proj_block"],
+        state["dim"],
+    )
+
+
+def decoded_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Both moments of a state as float64."""
+    if state["exp_avg"].dtype == torch.float32:
+        return state["exp_avg"].double(), state["exp_avg_sq"].double()
+    m = ops.dynamic8_dequantize(state["exp_avg"], state["exp_avg_absmax"], True)
+    v = ops.dynamic8_dequantize(state["exp_avg_sq"], state["exp_avg_sq_absmax"], False)
+    return m.double(), v.double()

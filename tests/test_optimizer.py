@@ -1,0 +1,254 @@
+"""The numbers of the optimizer: against GaLore-AdamW in float64, the bases it uses, and its 8-bit moments."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import q_galore_torch as qg
+from galore_reference import Reference, decoded_basis, decoded_moments, low_rank_stream
+from q_galore_torch import ops
+
+SHAPES = {"tall": (160, 96), "wide": (96, 160), "square": (96, 96), "prime": (101, 67)}
+
+
+def optimizer(parameter: Tensor, rank: int = 16, **options: object) -> qg.QGaLoreAdamW8bit:
+    constructor = {k: options.pop(k) for k in ("nonfinite", "seed", "compute_dtype", "min_8bit_size") if k in options}
+    return qg.QGaLoreAdamW8bit([{"params": [parameter], "rank": rank, **options}], **constructor)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fifty_steps_agree_with_float64(shape: str, weight_decay: float) -> None:
+    rows, cols = SHAPES[shape]
+    weight = nn.Parameter(0.02 * torch.randn(rows, cols))
+    opt = optimizer(
+        weight,
+        lr=0.01,
+        weight_decay=weight_decay,
+        update_proj_gap=20,
+        proj_format="float32",
+        moments_dtype="float32",
+    )
+    plain, start = Reference(weight, opt.param_groups[0]), weight.detach().double().clone()
+    bases = set()
+    for gradient in low_rank_stream(rows, cols, 50):
+        weight.grad = gradient
+        opt.step()
+        basis = decoded_basis(opt, weight)
+        bases.add(basis.sum().item())
+        plain.step(gradient, basis, right=rows >= cols)
+    error = (weight.double() - plain.weight).norm() / (plain.weight - start).norm()
+    assert error <= 1e-5
+    assert len(bases) == 3  # steps 0, 20, 40: parameter 0 has phase 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_eight_bit_moments_and_int4_agree_with_float64_of_the_same_codes(shape: str) -> None:
+    rows, cols = SHAPES[shape]
+    weight = nn.Parameter(0.02 * torch.randn(rows, cols))
+    opt = optimizer(weight, lr=0.01, weight_decay=0.1, update_proj_gap=20, min_8bit_size=0)
+    assert opt.state[weight]["exp_avg"].dtype == torch.uint8
+    assert opt.param_groups[0]["proj_format"] == "int4"
+    for gradient in low_rank_stream(rows, cols, 50):
+        plain = Reference(weight, opt.param_groups[0])
+        plain.m, plain.v = decoded_moments(opt.state[weight])
+        plain.t = opt.state[weight]["bias_step"]
+        start, weight.grad = weight.detach().double().clone(), gradient
+        opt.step()
+        plain.step(gradient, decoded_basis(opt, weight), right=rows >= cols)
+        assert (weight.double() - plain.weight).norm() <= 1e-5 * (plain.weight - start).norm()
+        m, v = decoded_moments(opt.state[weight])
+        # Half a step of the top decade: 0.45 / 64 and 0.45 / 128 of the absmax. The sign survives.
+        assert (m - plain.m).abs().amax() <= 0.0071 * plain.m.abs().amax()
+        assert (torch.sign(m) == torch.sign(plain.m)).all()
+        assert (v - plain.v).abs().amax() <= 0.0036 * plain.v.amax()
+
+
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_and_weights(shape: str, dtype: torch.dtype) -> None:
+    rows, cols = SHAPES[shape]
+    weight = nn.Parameter((0.02 * torch.randn(rows, cols)).to(dtype))
+    opt = optimizer(weight, lr=0.01, weight_decay=0.1, proj_format="float32", moments_dtype="float32")
+    plain, start = Reference(weight, opt.param_groups[0]), weight.detach().double().clone()
+    for gradient in low_rank_stream(rows, cols, 20):
+        weight.grad = gradient.to(dtype)
+        opt.step()
+        plain.step(weight.grad, decoded_basis(opt, weight), right=rows >= cols)
+    assert weight.dtype == dtype
+    error = (weight.double() - plain.weight).norm() / (plain.weight - start).norm()
+    # Each rounding is at most one (stochastic) or half a unit of the last place, independent from step to step.
+    unit = torch.finfo(dtype).eps
+    bound = unit * math.sqrt(20) * plain.weight.norm() / (plain.weight - start).norm()
+    assert error <= bound
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_unprojected_parameters_are_adamw(weight_decay: float) -> None:
+    weight, bias = nn.Parameter(0.1 * torch.randn(40, 30)), nn.Parameter(torch.randn(7))
+    twins = [nn.Parameter(p.detach().clone()) for p in (weight, bias)]
+    ours = qg.QGaLoreAdamW8bit([weight, bias], lr=0.01, weight_decay=weight_decay, moments_dtype="float32")
+    theirs = torch.optim.AdamW(twins, lr=0.01, weight_decay=weight_decay)
+    for _ in range(20):
+        for p, twin in zip((weight, bias), twins, strict=True):
+            p.grad = torch.randn_like(p)
+            twin.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close([weight, bias], twins, rtol=1e-5, atol=1e-6)
+
+
+def test_moments_below_min_8bit_size_stay_float32() -> None:
+    matrix, small = nn.Parameter(torch.zeros(64, 65)), nn.Parameter(torch.zeros(4095))
+    opt = qg.QGaLoreAdamW8bit([{"params": [matrix], "rank": 63}, {"params": [small, nn.Parameter(torch.zeros(4096))]}])
+    dtypes = [state["exp_avg"].dtype for state in opt.state.values()]
+    assert dtypes == [torch.float32, torch.float32, torch.uint8]  # 63 x 64 = 4032: the moment's elements count
+    opt = qg.QGaLoreAdamW8bit([{"params": [matrix], "rank": 63}], min_8bit_size=4032)
+    assert opt.state[matrix]["exp_avg"].dtype == torch.uint8
+
+
+def test_a_non_contiguous_parameter_and_gradient_are_updated_right() -> None:
+    values, gradient = 0.02 * torch.randn(48, 32), 1e-3 * torch.randn(48, 32)
+    straight, crossed = nn.Parameter(values.clone()), nn.Parameter(values.t().contiguous().t())
+    assert not crossed.is_contiguous()
+    for rank in (None, 8):
+        for parameter, grad in ((straight, gradient), (crossed, gradient.t().contiguous().t())):
+            parameter.grad = grad.clone()
+            qg.QGaLoreAdamW8bit([{"params": [parameter], "rank": rank}], lr=0.01).step()
+        torch.testing.assert_close(crossed, straight, rtol=0, atol=1e-7)
+        assert not crossed.is_contiguous()
+
+
+SPECTRA = {
+    "flat": torch.ones(64),
+    "1/i": torch.arange(1.0, 65) ** -1.0,
+    "exponential 1e3": 1e3 ** (-torch.arange(64.0) / 63),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_eight_bit_moments_run_along_basis_vectors(spectrum: str) -> None:
+    """N is within 4 % of fp32 moments' after 200 steps. With blocks that cross basis vectors it is not."""
+    sizes, rows, generator = SPECTRA[spectrum], 512, torch.Generator().manual_seed(3)
+    directions, _ = torch.linalg.qr(torch.randn(64, 64, generator=generator))
+    drift = torch.randn(rows, 64, generator=generator)
+    stream = []
+    for _ in range(200):
+        noise = torch.randn(rows, 64, generator=generator)
+        stream.append(((0.3 * drift + noise) * sizes) @ directions.t())
+    updates = {}
+    for dtype in ("float32", "dynamic8"):
+        weight = nn.Parameter(torch.zeros(rows, 64))
+        opt = optimizer(
+            weight, rank=64, lr=1.0, scale=1.0, weight_decay=0.0, proj_format="float32", moments_dtype=dtype
+        )
+        for gradient in stream:
+            with torch.no_grad():
+                weight.zero_()
+            weight.grad = gradient
+            opt.step()
+        updates[dtype] = -weight.detach() @ decoded_basis(opt, weight).t()  # N^T
+        basis = decoded_basis(opt, weight)
+    exact = updates["float32"]
+    assert (updates["dynamic8"] - exact).norm() <= 0.04 * exact.norm()
+    if spectrum == "flat":
+        return
+    # The test's own power: the same recursion with blocks across the vectors (R stored m x r) is far off.
+    m, v = torch.full((rows, 64), 127, dtype=torch.uint8), torch.zeros(rows, 64, dtype=torch.uint8)
+    maxima, none, stats = torch.zeros(2, rows * 64 // 256), torch.empty(0), torch.zeros(1, 2, dtype=torch.int64)
+    for t, gradient in enumerate(stream, 1):
+        crossing = torch.zeros(rows, 64)
+        ops.adam8_step_(
+            [crossing],
+            [none],
+            [none.short()],
+            [gradient @ basis.t()],
+            [m],
+            [v],
+            [maxima[0]],
+            [maxima[1]],
+            [t],
+            [t],
+            [0],
+            stats,
+            lr=1.0,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.0,
+            seed=0,
+        )
+    assert (-crossing - exact).norm() > 0.06 * exact.norm()
+
+
+def test_bases_are_those_of_the_gradient() -> None:
+    """First basis and refreshed ones: the exact subspace by principal angles, sign-canonical and sign-continuous."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, cols in ((120, 64), (64, 120)):
+        weight = nn.Parameter(torch.zeros(rows, cols))
+        opt = optimizer(weight, rank=12, proj_format="float32", update_proj_gap=2)
+        old = None
+        for step in range(5):
+            u, _ = torch.linalg.qr(torch.randn(rows, 64, generator=generator))
+            v, _ = torch.linalg.qr(torch.randn(cols, 64, generator=generator))
+            weight.grad = u * torch.cat([torch.linspace(4, 2, 12), torch.full((52,), 0.2)]) @ v.t()
+            opt.step()
+            basis = decoded_basis(opt, weight)
+            if step % 2:
+                assert torch.equal(basis, old)
+                continue
+            _, _, vh = torch.linalg.svd(weight.grad.double() if rows >= cols else weight.grad.double().t())
+            outside = basis.double() - basis.double() @ vh[:12].t() @ vh[:12]
+            assert torch.linalg.matrix_norm(outside, 2) < 1e-4
+            if old is None:
+                assert (basis.gather(1, basis.abs().argmax(1, keepdim=True)) > 0).all()
+            else:
+                assert ((basis * old).sum(1) >= 0).all()
+            old = basis
+
+
+def test_rank_beyond_the_shorter_side_is_clipped_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    matrices = [nn.Parameter(torch.zeros(8, 20)) for _ in range(3)]
+    opt = qg.QGaLoreAdamW8bit([{"params": matrices, "rank": 16, "update_proj_gap": 1}])
+    assert [r.message for r in caplog.records] == ["rank 16 is larger than the shorter side of 3 matrices: clipped"]
+    for _ in range(3):
+        for matrix in matrices:
+            matrix.grad = torch.randn(8, 20)
+        opt.step()
+    assert [entry["refreshes"] for entry in opt.telemetry()] == [1, 1, 1]  # the whole space needs no second basis
+    assert opt.state[matrices[0]]["exp_avg"].shape == (8, 20)
+
+
+@pytest.mark.parametrize("how", ["svd", "warm", "random"])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_every_subspace_option_trains(how: str, low_rank: bool) -> None:
+    model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 4))
+    qg.prepare_model(model, 8, ["0"], weight_bits=None, grad_mode="low_rank" if low_rank else "full")
+    opt = qg.QGaLoreAdamW8bit(qg.param_groups(model, update_proj_gap=5, subspace=how, scale=1.0), lr=0.01)
+    x, y = torch.randn(64, 48), torch.randint(4, (64,))
+    losses = []
+    for _ in range(20):
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert opt.telemetry()[-1]["refreshes"] >= 4
+
+
+def test_bfloat16_compute_stays_close() -> None:
+    stream, weights = low_rank_stream(96, 64, 10), []
+    for dtype in ("float32", "bfloat16"):
+        weight = nn.Parameter(torch.zeros(96, 64))
+        opt = optimizer(weight, compute_dtype=dtype, weight_decay=0.0, subspace="warm", update_proj_gap=3)
+        for gradient in stream:
+            weight.grad = gradient
+            opt.step()
+        weights.append(weight.detach())
+    assert (weights[1] - weights[0]).norm() < 0.1 * weights[0].norm()
+    assert not torch.equal(weights[0], weights[1])
