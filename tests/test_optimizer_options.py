@@ -1,0 +1,193 @@
+"""Every option of the optimizer: defaults, what is parsed, what is refused and with which sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import q_galore_torch as qg
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(*(shape or (32, 16)), dtype=dtype))
+
+
+def projected(**options: Any) -> dict[str, Any]:
+    opt = qg.QGaLoreAdamW8bit([{"params": [matrix()], "rank": 4, **options}])
+    return opt.param_groups[0]
+
+
+def test_defaults() -> None:
+    group = projected()
+    expected = dict(
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=1e-2,
+        moments_dtype="dynamic8",
+        stochastic_round=True,
+        rank=4,
+        update_proj_gap=200,
+        scale=0.25,
+        proj_type="std",
+        proj_format="int4",
+        proj_block=256,
+        lazy_rule="fixed",
+        cos_threshold=0.4,
+        gamma_proj=2.0,
+        queue_size=5,
+        moments="keep",
+    )
+    assert {key: group[key] for key in expected} == expected
+
+
+def test_the_whole_constructor_of_upstream_is_accepted() -> None:
+    opt = qg.QGaLoreAdamW8bit([matrix()], 1e-3, (0.9, 0.999), 1e-8, 1e-2, False, 32, None, 4096, 100, True, False)
+    assert opt.param_groups[0]["min_8bit_size"] == 4096
+    qg.QGaLoreAdamW8bit([matrix()], optim_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("keys", "format_", "block"),
+    [
+        (dict(quant=True, quant_n_bit=4, quant_group_size=128), "int4", 128),
+        (dict(quant=True, quant_n_bit=8), "int8", 256),
+        (dict(quant=True), "int4", 256),
+        (dict(quant_n_bit=8), "int8", 256),
+        (dict(quant=False), "float32", 256),
+        (dict(proj_format="int8"), "int8", 256),
+        (dict(proj_format="float32"), "float32", 256),
+        (dict(proj_block="64"), "int4", 64),
+    ],
+)
+def test_projector_format_keys(keys: dict[str, Any], format_: str, block: int) -> None:
+    group = projected(**keys)
+    assert (group["proj_format"], group["proj_block"]) == (format_, block)
+    assert not any(key.startswith("quant") for key in group)
+
+
+def test_numbers_given_as_strings_are_parsed() -> None:
+    group = projected(lr="0.01", scale="1", update_proj_gap="50", gamma_proj="3", stochastic_round="False")
+    assert (group["lr"], group["scale"], group["update_proj_gap"], group["gamma_proj"]) == (0.01, 1.0, 50, 3.0)
+    assert group["stochastic_round"] is False
+    assert projected(rank="8")["rank"] == 8
+
+
+def test_group_values_override_the_constructor_s() -> None:
+    opt = qg.QGaLoreAdamW8bit(
+        [{"params": [matrix()], "lr": 0.5, "moments_dtype": "float32"}, {"params": [matrix()]}], lr=0.1
+    )
+    assert [g["lr"] for g in opt.param_groups] == [0.5, 0.1]
+    assert [g["moments_dtype"] for g in opt.param_groups] == ["float32", "dynamic8"]
+
+
+BAD_CONSTRUCTOR = [
+    (dict(lr=-1), "lr must be a number >= 0, got -1"),
+    (dict(lr="fast"), "lr must be a number >= 0, got 'fast'"),
+    (dict(lr=float("nan")), "lr must be a number >= 0, got nan"),
+    (dict(lr=True), "lr must be a number >= 0, got True"),
+    (dict(betas=(0.9, 1.0)), r"betas must be two numbers in \[0, 1\), got 1.0"),
+    (dict(betas=0.9), r"betas must be two numbers in \[0, 1\), got 0.9"),
+    (dict(eps=0), "eps must be a number > 0, got 0"),
+    (dict(weight_decay=-0.1), "weight_decay must be a number >= 0, got -0.1"),
+    (dict(amsgrad=True), "amsgrad=True is not supported .*; allowed: False"),
+    (dict(optim_bits=16), "optim_bits must be 8 or 32, got 16"),
+    (dict(args={"x": 1}), "args=.* is not supported .*; allowed: None"),
+    (dict(percentile_clipping=5), "percentile_clipping=5 is not supported .*; allowed: 100"),
+    (dict(block_wise=False), "block_wise=False is not supported .*; allowed: True"),
+    (dict(is_paged=True), "is_paged=True is not supported .*; allowed: False"),
+    (dict(min_8bit_size=-1), "min_8bit_size must be an integer >= 0, got -1"),
+    (dict(min_8bit_size=1.5), "min_8bit_size must be an integer >= 0, got 1.5"),
+    (dict(moments_dtype="int8"), "moments_dtype must be 'dynamic8' or 'float32', got 'int8'"),
+    (dict(seed=-1), r"seed must be an integer in \[0, 2\*\*63\), got -1"),
+    (dict(stochastic_round=1), "stochastic_round must be True or False, got 1"),
+    (dict(nonfinite="ignore"), "nonfinite must be 'raise' or 'skip', got 'ignore'"),
+    (dict(compute_dtype="float16"), "compute_dtype must be 'float32' or 'bfloat16', got 'float16'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_CONSTRUCTOR)
+def test_constructor_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        qg.QGaLoreAdamW8bit([matrix()], **options)
+
+
+BAD_GROUP = [
+    (dict(rank=0), "rank must be an integer >= 1, got 0"),
+    (dict(rank=2.5), "rank must be an integer >= 1, got 2.5"),
+    (dict(update_proj_gap=0), "update_proj_gap must be an integer >= 1, got 0"),
+    (dict(scale=float("inf")), "scale must be a finite number, got inf"),
+    (dict(proj_type="up"), "proj_type must be 'std', got 'up'"),
+    (dict(proj_type="full"), "proj_type='full' is not implemented yet; allowed: 'std'"),
+    (dict(proj_type="reverse_std"), "proj_type='reverse_std' is not implemented yet; allowed: 'std'"),
+    (dict(proj_format="int2"), "proj_format must be 'float32' or 'int8' or 'int4', got 'int2'"),
+    (dict(proj_format="nf4"), "proj_format='nf4' is not implemented yet; allowed: .*"),
+    (dict(proj_block=0), "proj_block must be an integer >= 1, got 0"),
+    (dict(quant=True, proj_format="int4"), "quant and proj_format describe the projector's format twice.*"),
+    (dict(quant_n_bit=3), "quant_n_bit must be 4 or 8, got 3"),
+    (dict(quant_group_size=-1), "quant_group_size must be an integer >= 1, got -1"),
+    (dict(quantize_type="4bit"), "quantize_type asks for a floating-point projector format.*"),
+    (dict(subspace="qr"), "subspace must be 'warm' or 'svd' or 'random', got 'qr'"),
+    (dict(lazy_rule="energy"), "lazy_rule='energy' is not implemented yet; allowed: 'fixed' or 'upstream'"),
+    (dict(lazy_rule="cosine"), "lazy_rule must be 'fixed' or 'upstream', got 'cosine'"),
+    (dict(energy_threshold=0.9), "energy_threshold=0.9 is not supported .*; allowed: None"),
+    (dict(max_proj_gap=800), "max_proj_gap=800 is not supported .*; allowed: None"),
+    (dict(norm_growth_limit=1.01), "norm_growth_limit=1.01 is not supported .*; allowed: None"),
+    (dict(moments="rotate"), "moments='rotate' is not implemented yet; allowed: 'keep'"),
+    (dict(cos_threshold=1.5), r"cos_threshold must be a number in \[-1, 1\], got 1.5"),
+    (dict(gamma_proj=0.5), "gamma_proj must be a number >= 1, got 0.5"),
+    (dict(queue_size=0), "queue_size must be an integer >= 1, got 0"),
+    (dict(seed=3), r"seed is an option of the constructor, not of a group \(got 3\)"),
+    (dict(update_proj_gab=3), "unknown group option update_proj_gab=3; allowed: .*update_proj_gap.*"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_GROUP)
+def test_group_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        projected(**options)
+
+
+def test_projection_options_need_a_rank() -> None:
+    with pytest.raises(ValueError, match="^scale=0.5 needs a rank: it has no meaning in a group without one$"):
+        qg.QGaLoreAdamW8bit([{"params": [matrix()], "scale": 0.5}])
+
+
+@pytest.mark.parametrize(
+    ("parameter", "rank", "message"),
+    [
+        (matrix(8), 4, "group 0 .* has 1 dimensions; a group with a rank takes matrices only"),
+        (matrix(4, 3, 2, 2), 4, "group 0 .* has 4 dimensions"),
+        (matrix(0, 4), 4, "is empty and cannot be projected"),
+        (matrix(8, 4, dtype=torch.float64), 4, "must be float32, bfloat16 or float16, got torch.float64"),
+        (matrix(8, dtype=torch.complex64), None, "must be float32, bfloat16 or float16, got torch.complex64"),
+    ],
+)
+def test_parameters_that_cannot_be_optimised_are_named(parameter: nn.Parameter, rank: Any, message: str) -> None:
+    good = matrix()
+    with pytest.raises(ValueError, match=message) as caught:
+        qg.QGaLoreAdamW8bit([{"params": [good, parameter], "rank": rank}])
+    assert "parameter 1 of group 0" in str(caught.value)
+    with pytest.raises(ValueError, match="^conv.weight "):
+        qg.QGaLoreAdamW8bit([{"params": [("fine", good), ("conv.weight", parameter)], "rank": rank}])
+
+
+def test_a_refused_group_leaves_the_optimizer_as_it_was() -> None:
+    opt = qg.QGaLoreAdamW8bit([matrix()])
+    for bad in ({"params": [matrix(3)], "rank": 2}, {"params": [matrix()], "ranks": 2}):
+        with pytest.raises(ValueError):
+            opt.add_param_group(bad)
+    assert len(opt.param_groups) == 1 and len(opt.state) == 1
+    with pytest.raises(TypeError, match="param_group must be a dict, got list"):
+        opt.add_param_group([matrix()])  # type: ignore[arg-type]
+
+
+def test_sparse_and_wrong_gradients_are_refused() -> None:
+    table = nn.Embedding(10, 4, sparse=True)
+    opt = qg.QGaLoreAdamW8bit([("table", table.weight)])
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="the gradient of table must be dense"):
+        opt.step()
