@@ -33,6 +33,9 @@ static void test_absmax(void) {
 }
 
 static void test_absmax_extremes(void) {
+    static const uint32_t nans[] = {0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF}; /* the least and the greatest */
+    static const uint16_t nans_half[] = {0x7C01, 0xFC01, 0x7FFF, 0xFFFF},
+                          nans_bfloat[] = {0x7F81, 0xFF81, 0x7FFF, 0xFFFF};
     float least = 0x1p-149f, most = 0x1.fffffep127f, got;
     uint16_t half = 1;
     for (int simd = 0; simd < LEVELS; simd++) {
@@ -46,6 +49,11 @@ static void test_absmax_extremes(void) {
         CHECK(got == 0x1p-24f, "the least float16 gives %g", got);
         CHECK_OK(qg_absmax(&got, &half, QG_BFLOAT16, 1, level(simd)));
         CHECK(got == 0x1p-133f, "the least bfloat16 gives %g", got);
+        for (int i = 0; i < 12; i++) {
+            const void *nan = i < 4 ? (const void *)&nans[i] : i < 8 ? &nans_half[i - 4] : &nans_bfloat[i - 8];
+            CHECK_OK(qg_absmax(&got, nan, i < 4 ? QG_FLOAT32 : i < 8 ? QG_FLOAT16 : QG_BFLOAT16, 1, level(simd)));
+            CHECK(got == INFINITY, "NaN %d gives %g, level %d", i, got, simd);
+        }
     }
 }
 

@@ -276,6 +276,49 @@ static void test_rerange(void) {
     }
 }
 
+/* The threshold of a re-range, to the last j. The range becomes 494 steps, so the new scale is twice the old one and the
+ * zero point rint(127.5 - 256 / 4) = 64: code 100 moved by T / 2^23 steps lands on 114 + T / 2^24. */
+static void test_rerange_threshold(void) {
+    static int32_t j[COUNT];
+    for (int c = 0; c < check_count(60, 6); c++) {
+        int up = c % 2;
+        CHECK_OK(qg_noise(j, 11, 4, (uint64_t)c, 0, COUNT, level(QG_SIMD_SCALAR)));
+        reset(0, 0.25f);
+        for (int i = 0; i < COUNT; i++) {
+            double steps = i % GROUP == 0 ? -119.0 : i % GROUP == 1 ? 120.0 : (j[i] + up) * 0x1p-23;
+            codes[i] = i % GROUP == 0 ? 0 : i % GROUP == 1 ? 255 : 100;
+            u[i] = (float)(-0.25 * steps);
+        }
+        update(COUNT, 1.0f, 0.0f, 1, (uint64_t)c, NULL);
+        CHECK(scales[0] == 0.5f && zeros[0] == 64, "the new range is %g, %d", scales[0], zeros[0]);
+        int wrong = 0;
+        for (int i = 0; i < COUNT; i++)
+            wrong += i % GROUP > 1 && codes[i] != 114 + up;
+        CHECK(wrong == 0, "%d of %d elements round to the wrong side (up %d)", wrong, COUNT, up);
+    }
+}
+
+/* Zero points reach +-32767 and no further: there a group that would be shifted is re-ranged. */
+static void test_last_zero_points(void) {
+    for (int c = 0; c < 2 * 60; c++) {
+        int sign = c % 2 ? 1 : -1, zero = sign * (32767 - c / 2), by = -sign, shift = sign * 21;
+        int64_t stats[2] = {0, 0};
+        reset((int16_t)zero, 1.0f);
+        for (int i = 0; i < COUNT; i++) {
+            codes[i] = (uint8_t)(codes[i] - sign * 20); /* [0, 215] goes down by one, [40, 255] up */
+            u[i] = (float)-by;
+        }
+        update(COUNT, 1.0f, 0.0f, 1, 1, stats);
+        int fits = abs(zero + shift) <= 32767;
+        CHECK(
+            stats[0] == (fits ? GROUPS : 0) && stats[1] == (fits ? 0 : GROUPS), "z = %d: %lld shifted, %lld re-ranged",
+            zero, (long long)stats[0], (long long)stats[1]);
+        CHECK(!fits || zeros[0] == zero + shift, "z = %d becomes %d", zero, zeros[0]);
+        double exact = sign > 0 ? 0 + by - zero : 40 + by - zero; /* element 0 of the group */
+        CHECK(fabs(scales[0] * (double)(codes[0] - zeros[0]) - exact) <= scales[0], "z = %d: off", zero);
+    }
+}
+
 /* Long runs: steps about the size of a code re-range few groups, a drift none, decay one each halving of the range. */
 static void test_no_oscillation(void) {
     int64_t steps = check_count(3000, 20);
@@ -324,6 +367,8 @@ int main(void) {
     test_ones();
     test_shift_is_exact();
     test_rerange();
+    test_rerange_threshold();
+    test_last_zero_points();
     test_no_oscillation();
     return check_finish();
 }

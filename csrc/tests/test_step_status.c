@@ -107,6 +107,9 @@ static void test_params(void) {
     WRONG_PARAMS(p->weight_decay = NAN, QG_INVALID_ARGUMENT, "weight_decay");
     WRONG_PARAMS(p->eps = -1e-8, QG_INVALID_ARGUMENT, "eps");
     WRONG_PARAMS(p->eps = NAN, QG_INVALID_ARGUMENT, "eps");
+    WRONG_PARAMS(p->eps = INFINITY, QG_INVALID_ARGUMENT, "eps");
+    WRONG_PARAMS(p->lr = 1e300, QG_INVALID_ARGUMENT, "lr"); /* infinite in float32 */
+    WRONG_PARAMS(p->weight_decay = 1e300, QG_INVALID_ARGUMENT, "weight_decay");
 }
 
 static void test_lists(void) {
@@ -122,6 +125,7 @@ static void test_tasks(void) {
     for (int galore = 0; galore < 2; galore++) {
         WRONG_TASK(t->weight.rows = -1, galore, QG_INVALID_ARGUMENT, "weight 1");
         WRONG_TASK(t->weight.cols = -1, galore, QG_INVALID_ARGUMENT, "weight 1");
+        WRONG_TASK(t->weight.rows = INT64_MAX, galore, QG_INVALID_ARGUMENT, "weight 1");
         WRONG_TASK(t->weight.data = NULL, galore, QG_INVALID_ARGUMENT, "weight 1");
         WRONG_TASK(t->weight.scales = NULL, galore, QG_INVALID_ARGUMENT, "scales");
         WRONG_TASK(t->weight.zeros = NULL, galore, QG_INVALID_ARGUMENT, "zeros");
@@ -141,6 +145,7 @@ static void test_tasks(void) {
     }
     WRONG_TASK(t->side = (qg_side)2, 1, QG_UNSUPPORTED, "side 2");
     WRONG_TASK(t->projector.rank = 0, 1, QG_INVALID_ARGUMENT, "rank");
+    WRONG_TASK(t->projector.rank = INT64_MAX / 4, 1, QG_INVALID_ARGUMENT, "R");
     WRONG_TASK(t->projector.dim = ROWS, 1, QG_INVALID_ARGUMENT, "length 10");
     WRONG_TASK(t->side = QG_LEFT, 1, QG_INVALID_ARGUMENT, "length 6");
     WRONG_TASK(t->projector.codes = NULL, 1, QG_INVALID_ARGUMENT, "projector 1");
@@ -176,6 +181,16 @@ static void test_scratch_and_tables(void) {
     other.gemm = NULL;
     CHECK(
         qg_galore_step(&task, 1, &params, scratch, size, cpu, &other) == QG_INVALID_ARGUMENT, "a linalg without gemm");
+    static const char *const what[] = {"kernels", "kernels", "kernels", "place", "place"};
+    for (int call = 0; call < 5; call++) {
+        qg_status got = call == 0   ? qg_adam8_scratch_size(&task, 1, &params, NULL, &size)
+                        : call == 1 ? qg_adam8_step(&task, 1, &params, scratch, sizeof scratch, NULL)
+                        : call == 2 ? qg_galore_step(&task, 1, &params, scratch, sizeof scratch, NULL, &linalg)
+                        : call == 3 ? qg_adam8_scratch_size(&task, 1, &params, cpu, NULL)
+                                    : qg_galore_scratch_size(&task, 1, &params, NULL);
+        CHECK(
+            got == QG_INVALID_ARGUMENT && strstr(qg_last_error(), what[call]), "call %d: '%s'", call, qg_last_error());
+    }
     CHECK_BYTES(&first, &before, sizeof before, "a refused step writes");
 }
 
