@@ -85,7 +85,8 @@ def orthonormalise(matrix: Tensor) -> tuple[Tensor, bool]:
 
 def _power_of_two_below(matrix: Tensor) -> float:
     """A power of two that brings the largest entry to [1, 2); 1 where that entry is already of ordinary size."""
-    largest = matrix.abs().amax().item()
+    low, high = torch.aminmax(matrix)  # no copy of the matrix, as abs() would make
+    largest = max(-low.item(), high.item())
     if not 0 < largest < math.inf or 2.0**-20 <= largest <= 2.0**20:
         return 1.0
     return 2.0 ** min(126, 1 - math.frexp(largest)[1])
