@@ -128,6 +128,10 @@ uint64_t random_bits(void) {
     return z ^ (z >> 31);
 }
 
+int64_t random_below(int64_t count) {
+    return (int64_t)(random_bits() % (uint64_t)count);
+}
+
 double random_uniform(double lo, double hi) {
     return lo + (hi - lo) * ((double)(random_bits() >> 11) * 0x1p-53);
 }

@@ -43,6 +43,7 @@ void guarded_release(const char *file, int line, const char *format, ...) __attr
 /* Random numbers: one stream, restarted by random_seed. */
 void random_seed(uint64_t seed);
 uint64_t random_bits(void);
+int64_t random_below(int64_t count); /* 0 .. count - 1 */
 double random_uniform(double lo, double hi);
 double random_normal(void);
 float random_finite(void); /* any finite bit pattern */

@@ -9,7 +9,7 @@ static void test_absmax(void) {
     static const int64_t counts[] = {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 64, 65, 127, 257, 1009};
     static const float special[] = {INFINITY, -INFINITY, NAN, -7.5f, 7.5f, 0x1p-20f, -0.0f};
     for (int c = 0; c < 17 * 3 * 7 * 4; c++) {
-        int64_t count = counts[c % 17], place = count == 0 ? 0 : (int64_t)(random_bits() % (uint64_t)count);
+        int64_t count = counts[c % 17], place = count == 0 ? 0 : random_below(count);
         qg_format format = formats[c / 17 % 3];
         float value = special[c / 51 % 7], want = 0.0f;
         double size = c / 357 == 0 ? 0.0 : c / 357 == 1 ? 1e-6 : 1.0;
@@ -65,7 +65,7 @@ static void test_absmax_threads(void) {
         void *source = guarded((size_t)count * ref_size(format), 0);
         for (int64_t i = 0; i < count; i++)
             ref_store(format, source, i, (float)(i % 1000) * 0x1p-10f);
-        int64_t place = (int64_t)(random_bits() % (uint64_t)count);
+        int64_t place = random_below(count);
         ref_store(format, source, place, c < 3 ? -100.0f : NAN);
         for (int simd = 0; simd < LEVELS; simd++) {
             for (int threads = 1; level(simd) != NULL && threads <= 3; threads++) {

@@ -117,10 +117,11 @@ static void fill(float *values, int64_t count, int kind, int is_signed) {
 
 static void test_blocks(void) {
     for (int c = 0; c < SHAPES * 20; c++) {
-        int64_t cols = shapes[c % SHAPES][0], block = shapes[c % SHAPES][1], rows = c % 3 == 0 ? 3 : c % 41 != 0;
-        int kind = c / 2 % 10, is_signed = c / SHAPES % 2;
+        int64_t cols = shapes[c % SHAPES][0], block = shapes[c % SHAPES][1],
+                rows = random_below(3) == 0 ? 3 : random_below(40) != 0;
+        int kind = c / SHAPES / 2, is_signed = c / SHAPES % 2;
         int64_t per_row = (cols + block - 1) / block, count = rows * cols, blocks = rows * per_row;
-        float *values = guarded((size_t)count * 4, c % 5 == 0 ? 4 : 0);
+        float *values = guarded((size_t)count * 4, 4 * (size_t)random_below(2));
         fill(values, count, kind, is_signed);
         uint8_t *want = guarded((size_t)count, 0);
         float *want_absmax = guarded((size_t)blocks * 4, 0), *want_back = guarded((size_t)count * 4, 0);

@@ -73,7 +73,7 @@ static void test_case(int c) {
     qg_format format = formats[c / SHAPES % 3];
     int kind = c / (3 * SHAPES) % KINDS;
     size_t bytes = ref_size(format);
-    void *source = guarded((size_t)count * bytes, bytes * (size_t)(c % 2));
+    void *source = guarded((size_t)count * bytes, bytes * (size_t)random_below(2));
     float *values = guarded((size_t)count * 4, 0);
     for (int64_t i = 0; i < count; i++) {
         float value = value_of(kind, i, group);

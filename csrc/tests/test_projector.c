@@ -87,7 +87,7 @@ static void test_case(int c) {
     int64_t rank = shape[0], dim = shape[1], block = shape[2], count = rank * dim;
     qg_format format = formats[c / SHAPES % 3];
     int kind = c / (3 * SHAPES) % KINDS;
-    float *values = guarded((size_t)count * 4, 4 * (size_t)(c % 2)), *back = guarded((size_t)count * 4, 0);
+    float *values = guarded((size_t)count * 4, 4 * (size_t)random_below(2)), *back = guarded((size_t)count * 4, 0);
     for (int64_t i = 0; i < count; i++)
         values[i] = value_of(kind, i);
     arrays want = make_arrays(rank, dim, block, format, 0);
@@ -96,8 +96,8 @@ static void test_case(int c) {
     for (int64_t i = 0; i < count; i++)
         ref_store(QG_BFLOAT16, narrow, i, back[i]);
     /* A tile that begins and ends inside blocks, at odd columns too. */
-    int64_t row = rank / 2, rows = rank - row, col = dim > 2 ? (int64_t)(random_bits() % (uint64_t)dim) : 0;
-    int64_t cols = (int64_t)(random_bits() % (uint64_t)(dim - col + 1));
+    int64_t row = rank / 2, rows = rank - row, col = dim > 2 ? random_below(dim) : 0;
+    int64_t cols = random_below(dim - col + 1);
     for (int simd = 0; simd < LEVELS; simd++) {
         const qg_backend *backend = level(simd);
         for (int threads = 1; backend != NULL && threads <= 3; threads++) {

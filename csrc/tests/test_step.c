@@ -8,10 +8,6 @@ enum { BLOCK = 256 };
 static const qg_format float_formats[] = {QG_FLOAT32, QG_BFLOAT16, QG_FLOAT16};
 static const qg_format weight_formats[] = {QG_FLOAT32, QG_BFLOAT16, QG_FLOAT16, QG_INT8};
 
-static int64_t one_of(int64_t count) {
-    return (int64_t)(random_bits() % (uint64_t)count);
-}
-
 static int64_t blocks_of(int64_t length, int64_t block) {
     return (length + block - 1) / block;
 }
@@ -68,15 +64,15 @@ static qg_projector random_projector(int64_t rank, int64_t dim, qg_format format
 
 static qg_step_params some_params(void) {
     return (qg_step_params){.struct_size = sizeof(qg_step_params),
-        .stochastic_round = one_of(3) != 0,
+        .stochastic_round = random_below(3) != 0,
         .lr = 0.01,
         .beta1 = 0.9,
         .beta2 = 0.99,
         .eps = 1e-8,
-        .weight_decay = one_of(2) ? 0.1 : 0.0,
-        .scale = one_of(2) ? 0.25 : 1.0,
+        .weight_decay = random_below(2) ? 0.1 : 0.0,
+        .scale = random_below(2) ? 0.25 : 1.0,
         .seed = random_bits(),
-        .gemm_format = one_of(3) ? QG_FLOAT32 : QG_BFLOAT16};
+        .gemm_format = random_below(3) ? QG_FLOAT32 : QG_BFLOAT16};
 }
 
 /* The same task on copies of everything that a step writes. */
@@ -239,19 +235,19 @@ enum { SHAPES = 12 };
 
 static void test_galore(int c) {
     int64_t m = shapes[c % SHAPES][0], n = shapes[c % SHAPES][1], rank = shapes[c % SHAPES][2];
-    qg_side side = one_of(2) ? QG_RIGHT : QG_LEFT;
-    int64_t dim = side == QG_RIGHT ? n : m, k = side == QG_RIGHT ? m : n, block = one_of(3) ? BLOCK : 16;
+    qg_side side = random_below(2) ? QG_RIGHT : QG_LEFT;
+    int64_t dim = side == QG_RIGHT ? n : m, k = side == QG_RIGHT ? m : n, block = random_below(3) ? BLOCK : 16;
     static const qg_format bases[] = {QG_FLOAT32, QG_INT8, QG_INT4};
     qg_step_params params = some_params();
     qg_step_task task = {.side = side,
-        .low_rank_gradient = (int32_t)one_of(2),
+        .low_rank_gradient = (int32_t)random_below(2),
         .id = (uint32_t)random_bits(),
-        .grad_format = float_formats[one_of(3)],
-        .noise_step = one_of(1000),
-        .bias_step = 1 + one_of(3)};
-    task.weight = random_weight(m, n, weight_formats[one_of(4)], one_of(3) ? BLOCK : 48);
-    task.moments = zero_moments(rank, k, one_of(2) ? QG_DYNAMIC8 : QG_FLOAT32, block);
-    task.projector = random_projector(rank, dim, bases[one_of(3)], one_of(3) ? BLOCK : 16);
+        .grad_format = float_formats[random_below(3)],
+        .noise_step = random_below(1000),
+        .bias_step = 1 + random_below(3)};
+    task.weight = random_weight(m, n, weight_formats[random_below(4)], random_below(3) ? BLOCK : 48);
+    task.moments = zero_moments(rank, k, random_below(2) ? QG_DYNAMIC8 : QG_FLOAT32, block);
+    task.projector = random_projector(rank, dim, bases[random_below(3)], random_below(3) ? BLOCK : 16);
     int64_t g_count = task.low_rank_gradient ? rank * k : m * n;
     size_t g_bytes = (size_t)g_count * ref_size(task.grad_format);
     void *g = guarded(g_bytes, ref_size(task.grad_format));
@@ -307,11 +303,11 @@ static void test_galore_scratch(void) {
 
 static qg_step_task adam8_task(int64_t rows, int64_t cols) {
     qg_step_task task = {.id = (uint32_t)random_bits(),
-        .noise_step = one_of(99),
-        .bias_step = 1 + one_of(9),
-        .grad_format = float_formats[one_of(3)]};
-    task.weight = random_weight(rows, cols, weight_formats[one_of(4)], one_of(2) ? BLOCK : 100);
-    task.moments = zero_moments(1, rows * cols, one_of(2) ? QG_DYNAMIC8 : QG_FLOAT32, BLOCK);
+        .noise_step = random_below(99),
+        .bias_step = 1 + random_below(9),
+        .grad_format = float_formats[random_below(3)]};
+    task.weight = random_weight(rows, cols, weight_formats[random_below(4)], random_below(2) ? BLOCK : 100);
+    task.moments = zero_moments(1, rows * cols, random_below(2) ? QG_DYNAMIC8 : QG_FLOAT32, BLOCK);
     void *g = guarded((size_t)(rows * cols) * ref_size(task.grad_format), ref_size(task.grad_format));
     for (int64_t i = 0; i < rows * cols; i++)
         ref_store(task.grad_format, g, i, (float)random_normal());

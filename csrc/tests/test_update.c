@@ -78,21 +78,22 @@ static void test_int8_reference(int c) {
     random_weight(&start, group);
     float *u = guarded((size_t)count * 4, 0);
     random_update(u, &start, group);
-    qg_format format = c % 2 == 0 ? QG_FLOAT32 : QG_BFLOAT16;
+    qg_format format = random_below(2) ? QG_FLOAT32 : QG_BFLOAT16;
     size_t size = ref_size(format);
     void *given = guarded((size_t)count * size, size);
     for (int64_t i = 0; i < count; i++) {
         ref_store(format, given, i, u[i]);
         u[i] = ref_load(format, given, i);
     }
-    qg_update_coefficients coefficients = {.rate = c % 3 == 0 ? 1.0f : 0.37f, .stochastic = c % 4 != 3};
-    coefficients.decay = c % 3 == 1 ? 1e-3f : c % 7 == 2 ? 0.3f : 0.0f;
+    qg_update_coefficients coefficients = {.rate = random_below(2) ? 1.0f : 0.37f, .stochastic = random_below(4) != 0};
+    coefficients.decay = random_below(3) == 0 ? 1e-3f : random_below(8) == 0 ? 0.3f : 0.0f;
     coefficients.keep = 1.0f - coefficients.decay;
     qg_noise_stream stream = {random_bits(), random_bits() >> 1, (uint32_t)random_bits()};
 
     /* The whole weight, or the tile between two groups. */
-    int64_t first = c % 5 == 4 ? start.groups / 3 * group : 0;
-    int64_t length = c % 5 == 3 ? (start.groups / 2) * group : count - first, counted[2] = {0, 0};
+    int64_t first = random_below(4) == 0 ? start.groups / 3 * group : 0;
+    int64_t length = first == 0 && random_below(4) == 0 ? start.groups / 2 * group : count - first;
+    int64_t counted[2] = {0, 0};
     arrays want = copy_of(&start, 0);
     qg_weight wanted = {want.codes, want.scales, want.zeros, 1, count, (int32_t)group, QG_INT8};
     ref_update(&wanted, first, length, u + first, &coefficients, &stream, counted);
@@ -149,13 +150,14 @@ static void test_int8_threads(void) {
 
 static void test_float_reference(int c) {
     static const qg_format formats[] = {QG_FLOAT32, QG_BFLOAT16, QG_FLOAT16};
-    qg_format format = formats[c % 3], u_format = c % 4 < 2 ? QG_FLOAT32 : QG_BFLOAT16;
+    qg_format format = formats[c % 3], u_format = random_below(2) ? QG_FLOAT32 : QG_BFLOAT16;
     size_t size = ref_size(format), u_size = ref_size(u_format);
-    int64_t cols = c % 11 == 0 ? check_count(70001, 1001) : 1 + (int64_t)(random_bits() % 300), rows = 1 + c % 3;
-    int64_t count = rows * cols, first = c % 5 == 0 ? count / 3 : 0, length = c % 7 == 0 ? 0 : count - first;
+    int64_t cols = random_below(11) == 0 ? check_count(70001, 1001) : 1 + random_below(300), rows = 1 + random_below(3);
+    int64_t count = rows * cols, first = random_below(4) == 0 ? count / 3 : 0;
+    int64_t length = random_below(7) == 0 ? 0 : count - first;
     void *start = guarded((size_t)count * size, size), *want = guarded((size_t)count * size, 0);
     void *u = guarded((size_t)length * u_size, u_size * (size_t)(c % 2));
-    double spread = c % 6 == 0 ? 1e-3 : 1.0;
+    double spread = random_below(4) == 0 ? 1e-3 : 1.0;
     for (int64_t i = 0; i < count; i++) {
         double value = i % 50 == 0 ? random_finite() : random_normal();
         ref_store(format, start, i, (float)(format == QG_FLOAT16 ? fmax(-6e4, fmin(6e4, value)) : value));
@@ -164,8 +166,9 @@ static void test_float_reference(int c) {
     }
     for (int64_t i = 0; i < length; i++)
         ref_store(u_format, u, i, (float)(i % 31 == 0 ? 0.0 : spread * random_normal()));
-    qg_update_coefficients coefficients = {.keep = 0.999f, .decay = 1e-3f, .rate = 0.01f, .stochastic = c % 2};
-    if (c % 3 == 2)
+    qg_update_coefficients coefficients = {
+        .keep = 0.999f, .decay = 1e-3f, .rate = 0.01f, .stochastic = (int)random_below(2)};
+    if (random_below(3) == 0)
         coefficients.keep = 1.0f;
     qg_noise_stream stream = {random_bits(), random_bits() >> 1, (uint32_t)random_bits()};
     memcpy(want, start, (size_t)count * size);
