@@ -211,9 +211,7 @@ def test_a_frozen_leaf_gets_no_gradient_and_no_bias_is_fine() -> None:
 def test_low_rank_backward_without_an_optimizer_says_what_is_missing() -> None:
     model = qg.prepare_model(nn.Sequential(linear()), 8, ["0"])
     y = model(torch.randn(2, 64))  # evaluation needs none
-    with pytest.raises(
-        RuntimeError, match="^the low-rank backward of 0 needs the optimizer's projector; create"
-    ):
+    with pytest.raises(RuntimeError, match="^the low-rank backward of 0 needs the optimizer's projector; create"):
         y.sum().backward()
 
 

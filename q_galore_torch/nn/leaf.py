@@ -181,7 +181,7 @@ class ZeroWeight(ZeroLeaf):
             name = getattr(getattr(func, "__self__", None), "__name__", name)
         if name not in _METADATA:
             leaf = next(a for a in _flatten((args, kwargs)) if isinstance(a, ZeroWeight))
-            written = args and any(a is leaf for a in _flatten(args[:1]))
+            written = any(a is leaf for a in _flatten(args[:1] or kwargs))  # nn.init passes its tensor by keyword
             if name.endswith("_") and not name.endswith("__") and written:
                 raise RuntimeError(f"{leaf._what()} cannot be written by {name}; use layer.set_weight(tensor)")
             if torch.is_grad_enabled() and name not in ("detach", "__repr__", "__deepcopy__", "__reduce_ex__", "data"):
