@@ -273,9 +273,7 @@ def test_no_full_size_gradient_is_allocated_on_ordinary_steps(shape: str, bits: 
     decoded = ["q_galore.int8_dequantize.default"] * 2 if bits == 8 else []
     assert trace() == decoded
     layer.leaf.binding.due = True
-    assert [name for name in trace() if name not in decoded] == [
-        "aten.mm.default"
-    ]  # a due step forms G: the trace sees it
+    assert [name for name in trace() if name not in decoded] == ["aten.mm.default"]  # G: the trace sees it
     assert trace() == decoded
 
 
