@@ -277,6 +277,27 @@ def test_no_full_size_gradient_is_allocated_on_ordinary_steps(shape: str, bits: 
     assert trace() == decoded
 
 
+def test_beyond_mn_over_m_plus_n_the_full_gradient_is_formed_and_projected() -> None:
+    for rank, formed in ((38, False), (39, True)):  # 96 x 64: 38.4
+        layer, _ = prepared(linear(), rank, weight_bits=None)
+        with Allocations(96 * 64) as seen:
+            layer(torch.randn(6, 64)).sum().backward()
+        assert bool(seen.large) == formed
+
+
+def test_autocast_around_backward_alone_rounds_nothing() -> None:
+    gradients = []
+    for enabled in (False, True):
+        layer, _ = prepared(linear(), due=True)
+        x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+        y = layer(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y.backward()
+        gradients.append([x.grad, layer.leaf.grad, layer.bias.grad, layer.leaf.binding.stash])
+    for plain, inside in zip(*gradients, strict=True):
+        assert torch.equal(plain, inside)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

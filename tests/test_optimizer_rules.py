@@ -138,14 +138,16 @@ def test_lazy_rule_upstream_is_the_public_one() -> None:
     opt = qg.QGaLoreAdamW8bit([{"params": matrices(2, 24, 16), **options, "quant": False}])
     parameters = opt.param_groups[0]["params"]
     fixed = torch.randn(24, 1, generator=generator) @ torch.randn(1, 16, generator=generator)
-    gap, queue, past, basis, expected = 2, [], None, None, []
+    gap, queue, past, basis, expected, lowest = 2, [], None, None, [], 1.0
     for step in range(60):
         gradient = 4 * fixed + torch.randn(24, 16, generator=generator)
+        gradient = -gradient if step in (4, 6, 8) else gradient  # may turn LAPACK's sign of the first vector
         if basis is None or step % gap == 0:
             basis = torch.linalg.svd(gradient, full_matrices=False)[2][:4]
             expected.append(step)
             if past is not None:
                 queue = [*queue, F.cosine_similarity(past, basis[0], dim=0).item()][-3:]
+                lowest = min(lowest, *queue)
                 if len(queue) == 3 and sum(queue) / 3 >= 0.3:
                     gap = int(gap * 1.5)
             past = basis[0].clone()
@@ -155,7 +157,7 @@ def test_lazy_rule_upstream_is_the_public_one() -> None:
         for parameter in parameters:
             torch.testing.assert_close(decoded_basis(opt, parameter), basis, rtol=0, atol=0)
     report = opt.telemetry()
-    assert [entry["gap"] for entry in report] == [gap, gap] and gap > 16
+    assert [entry["gap"] for entry in report] == [gap, gap] and gap > 4 and lowest < -0.9
     assert refreshes(opt) == [len(expected)] * 2
     assert report[0]["similarity"] == pytest.approx(queue[-1])
 

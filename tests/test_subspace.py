@@ -79,6 +79,7 @@ def test_orthonormalise_keeps_orientation_and_counts_householder() -> None:
     dead[:, 5] = 0.0  # exactly zero: no rounding noise that a shift could lift
     q, fallback = subspace.orthonormalise(dead)
     assert fallback and gap_from_orthonormal(q.t()) < 1e-5
+    assert ((q.t() @ dead).diagonal() > -1e-5).all()
 
 
 def test_orthonormalise_of_one_vector_normalises_it() -> None:

@@ -45,18 +45,17 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, stored, scales, zeros = ctx.saved_tensors
         layer: QGaLoreLinear = ctx.layer
-        dtype = grad.dtype if x is None else x.dtype
         kind = grad.device.type
         # Autocast would round float32 products if backward() is called inside its block.
         plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
         grad_x = grad_leaf = grad_bias = None
         with plain:
-            dy = grad.to(dtype).reshape(-1, layer.out_features)
+            dy = grad.reshape(-1, layer.out_features)  # of x's dtype, as the output was
             if ctx.needs_input_grad[1]:
                 rows = x.reshape(-1, layer.in_features)
                 grad_leaf = full_gradient(rows, dy, layer) if layer.grad_mode == "full" else low_rank(rows, dy, layer)
             if ctx.needs_input_grad[0]:
-                weight = layer.decoded(stored, scales, zeros, dtype)
+                weight = layer.decoded(stored, scales, zeros, dy.dtype)
                 grad_x = (dy @ weight).view(*grad.shape[:-1], layer.in_features)
             if ctx.needs_input_grad[2]:
                 grad_bias = dy.sum(0, dtype=ctx.bias_dtype)
