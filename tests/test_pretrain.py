@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,20 @@ PUBLISHED = """run_pretrain.py --model_config configs/llama_130m.json --lr 0.015
     --weight_quant --stochastic_round --proj_quant --name Q-Galore-Adam8bit-LLaMA-130M""".split()
 
 
-def environment() -> dict[str, str]:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices of 64 x 128 gain nothing from a second thread, and wait for it where other tests run beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def environment(threads: int = 1) -> dict[str, str]:
     """The package of this checkout, whether it is installed or only built in place; wandb kept offline."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "disabled"}
+    fixed = {"PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": str(threads)}
+    return {**os.environ, **fixed}
 
 
 @pytest.mark.parametrize(
@@ -58,7 +69,8 @@ def environment() -> dict[str, str]:
     ids=["adamw", "adamw-accumulated", "q_galore", "q_galore-bf16-accumulated", "galore"],
 )
 def test_interrupted_run_gives_the_same_losses(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Bit for bit: every later loss, rate, norm and held-out loss, and the last weights."""
+    """Bit for bit with the same number of threads: every later loss, rate, norm and held-out loss, and the weights."""
+    torch.set_num_threads(2)
     whole = run(tmp_path, **changes, save_every=5)
     shutil.copytree(tmp_path / "run" / "model_5", tmp_path / "model_5")
     continued = run(tmp_path, **changes, save_every=5, continue_from=tmp_path / "model_5", save_dir=tmp_path / "second")
@@ -207,21 +219,31 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path, file: str, capsys: pytest
     assert f"{file} is damaged" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("torchrun", [False, True], ids=["python", "torchrun"])
-def test_published_command_line_runs(tmp_path: Path, torchrun: bool) -> None:
-    """As typed, in the examples' folder; the flags added behind it make it short."""
-    short = ["--data", "text", write_corpus(tmp_path, 60), "--save_dir", str(tmp_path / "run")]
-    short += "--num_training_steps 2 --batch_size 1 --total_batch_size 2 --max_length 16 --eval_tokens 32".split()
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"] if torchrun else []
-    command = [sys.executable, *launcher, *PUBLISHED, *short]
-    done = subprocess.run(command, cwd=EXAMPLES, env=environment(), capture_output=True, text=True)
+def run_published(folder: Path, launcher: list[str], more: str) -> tuple[list[dict[str, Any]], str]:
+    """The published command line as typed in the examples' folder; the flags added behind it make it short."""
+    added = ["--data", "text", write_corpus(folder, 60), "--save_dir", str(folder / "run"), *more.split()]
+    command = [sys.executable, *launcher, *PUBLISHED, *added]
+    done = subprocess.run(command, cwd=EXAMPLES, env=environment(threads=2), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = records(tmp_path / "run")
-    assert sorted(losses(rows)) == [1, 2] and all(9 < loss < 12 for loss in losses(rows).values())
-    assert losses(rows, "eval").keys() == {2}
-    assert "134,105,856 weights, q_galore_adamw8bit, bfloat16" in done.stdout
-    weights = torch.load(tmp_path / "run" / "model_2" / "model.pt", weights_only=True)
+    return records(folder / "run"), done.stdout
+
+
+def test_published_command_line_runs_under_torchrun(tmp_path: Path) -> None:
+    short = "--num_training_steps 1 --batch_size 1 --total_batch_size 2 --max_length 16 --eval_tokens 32"
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    rows, printed = run_published(tmp_path, launcher, short)
+    assert losses(rows).keys() == losses(rows, "eval").keys() == {1}
+    assert all(9 < row["loss"] < 12 for row in rows)
+    assert "134,105,856 weights, q_galore_adamw8bit, bfloat16" in printed
+    weights = torch.load(tmp_path / "run" / "model_1" / "model.pt", weights_only=True)
     assert sum(t.numel() for t in weights.values() if t.dtype == torch.uint8) == 84_934_656
+
+
+def test_published_command_line_runs_without_torchrun(tmp_path: Path) -> None:
+    short = "--num_training_steps 4 --batch_size 2 --total_batch_size 4 --max_length 32 --eval_tokens 64"
+    rows, printed = run_published(tmp_path, [], f"--model_config configs/llama_9m.json --rank 32 {short}")
+    assert sorted(losses(rows)) == [1, 2, 3, 4] and losses(rows, "eval").keys() == {4}
+    assert "8,995,968 weights" in printed
 
 
 def test_two_processes_are_refused_in_one_sentence(tmp_path: Path) -> None:

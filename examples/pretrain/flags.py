@@ -33,8 +33,8 @@ DEMO: dict[str, Any] = {
     "update_proj_gap": 50,
     "galore_scale": 0.25,
     "lr": 0.015,
-    "warmup_steps": 60,
-    "num_training_steps": 600,
+    "warmup_steps": 50,
+    "num_training_steps": 500,
     "batch_size": 8,
     "max_length": 256,
     "dtype": "float32",
@@ -124,9 +124,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight_group_size", type=int, default=256, help="default 256")
     add("--stochastic_round", action="store_true", help="round INT8 weights stochastically; otherwise to nearest")
     add("--simulation", action="store_true", help=NOT_YET)
-    add("--cos_threshold", type=float, help="the lazy rule's threshold; default: the package's")
-    add("--gamma_proj", type=float, help="the lazy rule's stretch; default: the package's")
-    add("--queue_size", type=int, help="the lazy rule's memory; default: the package's")
+    add("--cos_threshold", type=float, help="turns on the public lazy rule: refresh less often above this cosine")
+    add("--gamma_proj", type=float, help="the same, with this factor for the gap")
+    add("--queue_size", type=int, help="the same, over so many cosines")
     add("--single_gpu", action="store_true", help=NOT_YET)
 
     add = parser.add_argument_group("evaluation, checkpoints, logs").add_argument

@@ -100,7 +100,9 @@ def _quantised_groups(
     else:
         projection["proj_format"] = "float32"
     lazy = {name: getattr(args, name) for name in ("cos_threshold", "gamma_proj", "queue_size")}
-    projection.update({name: value for name, value in lazy.items() if value is not None})
+    given = {name: value for name, value in lazy.items() if value is not None}
+    if given:
+        projection.update(given, lazy_rule="upstream")
     return qg.param_groups(model, rank=args.rank, **projection), keywords
 
 
