@@ -94,6 +94,13 @@ def test_prepare_model_refuses_and_converts_nothing(options: dict[str, Any], mes
     assert converted(model) == []
 
 
+def test_a_model_that_is_a_linear_layer_is_refused() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="^the model is itself a linear layer: wrap it in a module$"):
+        qg.prepare_model(model, 2, ".*", weight_bits=None)
+    assert model.weight.requires_grad
+
+
 def test_weights_that_are_not_finite_are_named() -> None:
     model = Model()
     model.layers[1].mlp[0].weight.data[3, 3] = float("nan")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -239,6 +240,24 @@ def test_every_subspace_option_trains(how: str, low_rank: bool) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
     assert opt.telemetry()[-1]["refreshes"] >= 4
+
+
+@pytest.mark.parametrize("storage", ["int8", "bfloat16"])
+def test_the_seed_decides_the_rounding_and_nearest_needs_none(storage: str) -> None:
+    def trained(**options: Any) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 64, bias=False)).to(torch.float32 if storage == "int8" else torch.bfloat16)
+        qg.prepare_model(model, 8, ["0"], weight_bits=8 if storage == "int8" else None, grad_mode="full")
+        opt = qg.QGaLoreAdamW8bit(qg.param_groups(model), lr=1e-4, **options)
+        for gradient in low_rank_stream(64, 48, 3):
+            model[0].weight.grad = gradient.to(model[0].weight.dtype)
+            opt.step()
+        return qg.export_model(model, torch.float32)[0].weight
+
+    first = trained(seed=1)
+    assert torch.equal(first, trained(seed=1)) and not torch.equal(first, trained(seed=2))
+    nearest = trained(stochastic_round=False, seed=1)
+    assert torch.equal(nearest, trained(stochastic_round=False, seed=2)) and not torch.equal(nearest, first)
 
 
 def test_bfloat16_compute_stays_close() -> None:

@@ -104,6 +104,8 @@ def _targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str,
         if not target_modules or not all(isinstance(part, str) for part in target_modules):
             raise ValueError(f"target_modules must be a string or a list of strings, got {target_modules!r}")
         head, pattern = None, None
+    if isinstance(model, nn.Linear):
+        raise ValueError("the model is itself a linear layer: wrap it in a module")
     targets, readers = {}, {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _READERS):
@@ -163,8 +165,6 @@ def _refuse_tied(model: nn.Module, targets: dict[str, nn.Linear]) -> None:
 
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
-    if not name:
-        raise ValueError("the model is itself an nn.Linear: wrap it in a module")
     setattr(model.get_submodule(parent), child, new)
 
 
