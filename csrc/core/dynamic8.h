@@ -5,12 +5,12 @@
  *     10^(e - 7) (0.1 + 0.9 (k + 1/2) / 2^e)    unsigned, e = 1..7;  A = 1 is 0, A = 256 is 1;  code = A - 1
  * Codes ascend with their values; -1 is no entry. Encoding takes the nearest entry, ties to the lower code.
  *
- * No search: with F = A + 1/2 the entry is (9 F - 8 2^e) c, c = 10^(e - 7) / 2^e (signed) or 10^(e - 8) / 2^e, which is
- * linear in F within a decade. 9 F - 8 2^e has at most 12 bits, so its product with a 12-bit `high` half of c is exact,
- * and that plus its product with the rest, `low`, rounds to the right float for every entry.
+ * No search: within a decade entries are linear in A. With n = 9 A + 4.5 - 8 2^e the entry is n c, c = 10^(e - 7) / 2^e
+ * (signed) or 10^(e - 8) / 2^e. n has at most 12 bits, so its product with a 12-bit `high` half of c is exact, and that
+ * plus its product with the rest, `low`, rounds to the right float for every entry. The entry 1 is the first one of an
+ * eighth decade, cut off.
  *
- * Every decade, zero included, has its own place in tables of eight: the low three bits of the exponent of F. (A = 128
- * and A = 256 share theirs with zero.) Eight floats are one AVX2 register, and a table look-up one permutation.
+ * Tables have eight places: eight floats are one AVX2 register, and a look-up is one permutation.
  */
 #ifndef QG_CORE_DYNAMIC8_H
 #define QG_CORE_DYNAMIC8_H
@@ -22,92 +22,94 @@
 #endif
 
 typedef struct qg_dynamic_map {
-    /* Which decade: by four octaves of x, the place of the lowest decade there, and where the next ones begin. The
-     * bounds are the midpoints between decades as keys of qg_dynamic_key; no bound is INT32_MAX. */
-    int32_t place[8];
-    int32_t bound1[8];
-    int32_t bound2[8];
-    /* Within a decade: A = floor(x slope + intercept) or one more, for x up to the decade's largest entry. */
-    float largest[8];
-    float slope[8];
-    float intercept[8];
-    /* The entry of A: (9 A + base) high + (9 A + base) low. */
+    /* From A to its entry, by the exponent of A modulo 8: n = 9 A + base. */
     float base[8];
     float high[8];
     float low[8];
-    int32_t top; /* A of the entry 1 */
+    /* From x to A, by decade: places 4 to 10 modulo 8, and 3 for the entry 1. A decade ends at `bound`, the midpoint to
+     * the next one, as a key (qg_dynamic_key); its last entry is `last`; A = x slope + intercept. */
+    int32_t bound[8];
+    float last[8];
+    float slope[8];
+    float intercept[8];
+    int32_t least; /* the key of the midpoint between 0 and the next entry */
+    int32_t zero;  /* A of the entry 0 */
 } qg_dynamic_map;
 
 /* c cut in two by Veltkamp's splitting: the upper 12 bits, and the rest. */
 #define QG_SPLIT 0x1.00000000008p41
 #define QG_HIGH(c) ((float)((c) * QG_SPLIT - ((c) * QG_SPLIT - (c))))
 #define QG_LOW(c) ((float)((c) - ((c) * QG_SPLIT - ((c) * QG_SPLIT - (c)))))
-#define QG_NONE 0x7fffffff
 
 /* clang-format off */
 QG_TABLE qg_dynamic_map qg_dynamic_signed = {
-    /*  x from 2^-31,   2^-27,      2^-23,      2^-19,      2^-15,      2^-11,       2^-7,   2^-3 */
-    {              6,       6,          6,          8,          9,         10,         11,     13},
-    {        QG_NONE, QG_NONE, 0x6927476c, 0x6ee68a0d, 0x7200e6af, 0x7523a29d, 0x785a1cac, QG_NONE},
-    {        QG_NONE, QG_NONE, 0x6bfe0701,    QG_NONE,    QG_NONE,    QG_NONE, 0x7ba51eb8, QG_NONE},
-    /*           e = 1,               2,                3,                 4,                 5,    6, zero,       0 */
-    {1e-5 * (1 - .45 / 2), 1e-4 * (1 - .45 / 4), 1e-3 * (1 - .45 / 8), 1e-2 * (1 - .45 / 16), 1e-1 * (1 - .45 / 32), 1, 0,
-     1e-6 * (1 - .45)},
-    {1e6 * 2 / 9, 1e5 * 4 / 9, 1e4 * 8 / 9, 1e3 * 16 / 9, 1e2 * 32 / 9, 1e1 * 64 / 9, 0, 1e7 / 9},
-    {16. / 9 - .5, 32. / 9 - .5, 64. / 9 - .5, 128. / 9 - .5, 256. / 9 - .5, 512. / 9 - .5, 0, 8. / 9 - .5},
-    {4.5f - 16, 4.5f - 32, 4.5f - 64, 4.5f - 128, 4.5f - 256, 4.5f - 512, 0, 4.5f - 8},
-    {QG_HIGH(1e-6 / 2), QG_HIGH(1e-5 / 4), QG_HIGH(1e-4 / 8), QG_HIGH(1e-3 / 16), QG_HIGH(1e-2 / 32),
-     QG_HIGH(1e-1 / 64), 1, QG_HIGH(1e-7)},
-    {QG_LOW(1e-6 / 2), QG_LOW(1e-5 / 4), QG_LOW(1e-4 / 8), QG_LOW(1e-3 / 16), QG_LOW(1e-2 / 32),
-     QG_LOW(1e-1 / 64), 0, QG_LOW(1e-7)},
-    128,
+    /* e = 1, 2, 3, 4, 5, 6, 7, 0 */
+    {4.5f - 16, 4.5f - 32, 4.5f - 64, 4.5f - 128, 4.5f - 256, 4.5f - 512, 4.5f - 1024, 4.5f - 8},
+    {QG_HIGH(1e-6 / 2), QG_HIGH(1e-5 / 4), QG_HIGH(1e-4 / 8), QG_HIGH(1e-3 / 16), QG_HIGH(1e-2 / 32), QG_HIGH(1e-1 / 64),
+     QG_HIGH(1. / 128), QG_HIGH(1e-7)},
+    {QG_LOW(1e-6 / 2), QG_LOW(1e-5 / 4), QG_LOW(1e-4 / 8), QG_LOW(1e-3 / 16), QG_LOW(1e-2 / 32), QG_LOW(1e-1 / 64),
+     QG_LOW(1. / 128), QG_LOW(1e-7)},
+    /* e = 4, 5, 6, the entry 1, e = 0, 1, 2, 3 */
+    {0x785a1cac, 0x7ba51eb8, 0x7efe3333, 0x7fffffff, 0x6bfe0701, 0x6ee68a0d, 0x7200e6af, 0x7523a29d},
+    {1e-2 * (1 - .45 / 16), 1e-1 * (1 - .45 / 32), 1 - .45 / 64, 1,
+     1e-6 * (1 - .45), 1e-5 * (1 - .45 / 2), 1e-4 * (1 - .45 / 4), 1e-3 * (1 - .45 / 8)},
+    {1e3 * 16 / 9, 1e2 * 32 / 9, 1e1 * 64 / 9, 0, 1e7 / 9, 1e6 * 2 / 9, 1e5 * 4 / 9, 1e4 * 8 / 9},
+    {128. / 9 - .5, 256. / 9 - .5, 512. / 9 - .5, 127.9, 8. / 9 - .5, 16. / 9 - .5, 32. / 9 - .5, 64. / 9 - .5},
+    0x6927476c,
+    0,
 };
 
 QG_TABLE qg_dynamic_map qg_dynamic_unsigned = {
-    /*  x from 2^-31,   2^-27,      2^-23,      2^-19,      2^-15,      2^-11,       2^-7,   2^-3 */
-    {              7,       7,          7,          9,         10,         11,         12,     14},
-    {        QG_NONE, QG_NONE, 0x685cf752, 0x6e9b0ab4, 0x71d29dc7, 0x7514e3bd, 0x7850e560, QG_NONE},
-    {        QG_NONE, QG_NONE, 0x6b853b3e,    QG_NONE,    QG_NONE,    QG_NONE, 0x7b9f5c29, QG_NONE},
-    /* e = 1, 2, 3, 4, 5, 6, 7, zero */
-    {1e-6 * (1 - .45 / 2), 1e-5 * (1 - .45 / 4), 1e-4 * (1 - .45 / 8), 1e-3 * (1 - .45 / 16), 1e-2 * (1 - .45 / 32),
-     1e-1 * (1 - .45 / 64), 1, 0},
-    {1e7 * 2 / 9, 1e6 * 4 / 9, 1e5 * 8 / 9, 1e4 * 16 / 9, 1e3 * 32 / 9, 1e2 * 64 / 9, 1e1 * 128 / 9, 0},
-    {16. / 9 - .5, 32. / 9 - .5, 64. / 9 - .5, 128. / 9 - .5, 256. / 9 - .5, 512. / 9 - .5, 1024. / 9 - .5, 1},
-    {4.5f - 16, 4.5f - 32, 4.5f - 64, 4.5f - 128, 4.5f - 256, 4.5f - 512, 4.5f - 1024, -9},
-    {QG_HIGH(1e-7 / 2), QG_HIGH(1e-6 / 4), QG_HIGH(1e-5 / 8), QG_HIGH(1e-4 / 16), QG_HIGH(1e-3 / 32),
-     QG_HIGH(1e-2 / 64), QG_HIGH(1e-1 / 128), 1},
-    {QG_LOW(1e-7 / 2), QG_LOW(1e-6 / 4), QG_LOW(1e-5 / 8), QG_LOW(1e-4 / 16), QG_LOW(1e-3 / 32),
-     QG_LOW(1e-2 / 64), QG_LOW(1e-1 / 128), 0},
-    256,
+    /* e = 1, 2, 3, 4, 5, 6, 7, 8 */
+    {4.5f - 16, 4.5f - 32, 4.5f - 64, 4.5f - 128, 4.5f - 256, 4.5f - 512, 4.5f - 1024, 4.5f - 2048},
+    {QG_HIGH(1e-7 / 2), QG_HIGH(1e-6 / 4), QG_HIGH(1e-5 / 8), QG_HIGH(1e-4 / 16), QG_HIGH(1e-3 / 32), QG_HIGH(1e-2 / 64),
+     QG_HIGH(1e-1 / 128), QG_HIGH(1. / 256)},
+    {QG_LOW(1e-7 / 2), QG_LOW(1e-6 / 4), QG_LOW(1e-5 / 8), QG_LOW(1e-4 / 16), QG_LOW(1e-3 / 32), QG_LOW(1e-2 / 64),
+     QG_LOW(1e-1 / 128), QG_LOW(1. / 256)},
+    /* e = 5, 6, 7, the entry 1, e = 1, 2, 3, 4 */
+    {0x7850e560, 0x7b9f5c29, 0x7eff199a, 0x7fffffff, 0x6b853b3e, 0x6e9b0ab4, 0x71d29dc7, 0x7514e3bd},
+    {1e-2 * (1 - .45 / 32), 1e-1 * (1 - .45 / 64), 1 - .45 / 128, 1,
+     1e-6 * (1 - .45 / 2), 1e-5 * (1 - .45 / 4), 1e-4 * (1 - .45 / 8), 1e-3 * (1 - .45 / 16)},
+    {1e3 * 32 / 9, 1e2 * 64 / 9, 1e1 * 128 / 9, 0, 1e7 * 2 / 9, 1e6 * 4 / 9, 1e5 * 8 / 9, 1e4 * 16 / 9},
+    {256. / 9 - .5, 512. / 9 - .5, 1024. / 9 - .5, 255.9, 16. / 9 - .5, 32. / 9 - .5, 64. / 9 - .5, 128. / 9 - .5},
+    0x685cf752,
+    1,
 };
 /* clang-format on */
 
-/* Below this a magnitude is zero in either map; it is where the tables of bounds begin. */
-#define QG_DYNAMIC_FLOOR 0x60000000 /* the key of 2^-31 */
-
 /* The entry of A. */
 QG_INLINE float qg_dynamic_entry(const qg_dynamic_map *map, int32_t a) {
-    const int32_t place = (int32_t)(qg_bits((float)a + 0.5f) >> 23) & 7;
+    const int32_t place = (int32_t)(qg_bits((float)a) >> 23) & 7;
     const float n = 9 * (float)a + map->base[place];
-    return a == map->top ? 1 : n * map->high[place] + n * map->low[place];
+    const float entry = n * map->high[place] + n * map->low[place];
+    return a == map->zero ? 0 : entry < 1 ? entry : 1;
 }
 
-/* A of the entry nearest to x in [0, 2); a tie goes up if ties_up is 1, down if it is 0. */
-QG_INLINE int32_t qg_dynamic_index(const qg_dynamic_map *map, float x, int32_t ties_up) {
-    /* Twice the bits, so that ties_up moves x by half an ulp: past a midpoint, but no further. */
-    int32_t key = (int32_t)(qg_bits(x) << 1) + ties_up;
-    key = key > QG_DYNAMIC_FLOOR ? key : QG_DYNAMIC_FLOOR;
-    const int32_t octaves = (key >> 26) & 7;
-    const int32_t place = (map->place[octaves] + (key > map->bound1[octaves]) + (key > map->bound2[octaves])) & 7;
+/* Twice the bits of x >= 0, one more if ties go up: as if x were half an ulp larger, past a midpoint but no further. */
+QG_INLINE int32_t qg_dynamic_key(float x, int32_t ties_up) {
+    return (int32_t)(qg_bits(x) << 1) + ties_up;
+}
 
-    const float y = x < map->largest[place] ? x : map->largest[place];
-    const int32_t a = (int32_t)(y * map->slope[place] + map->intercept[place]);
-    const float n = 9 * (float)a + map->base[place];
-    const float lower = n * map->high[place] + n * map->low[place];
-    float upper = (n + 9) * map->high[place] + (n + 9) * map->low[place];
-    upper = upper < 1 ? upper : 1;
-    /* Both distances are exact where they are nearly equal. As integers, a tie is one more. */
-    return a + ((int32_t)qg_bits(y - lower) + ties_up > (int32_t)qg_bits(upper - y));
+/* Between the last two entries of the lowest decade's midpoint and its bound, in both maps: about 1.2e-6. */
+#define QG_DYNAMIC_LOWEST 0x6b450000
+
+/* The decade of a key up to that of 2. The key's upper half times 86 / 2^16 is 36 to 42, in stretches of some three
+ * octaves that hold one bound each. */
+QG_INLINE int32_t qg_dynamic_decade(const qg_dynamic_map *map, int32_t key) {
+    const int32_t raised = key > QG_DYNAMIC_LOWEST ? key : QG_DYNAMIC_LOWEST;
+    const int32_t octaves = ((raised >> 16) * 86) >> 16;
+    return (octaves + (key > map->bound[octaves & 7])) & 7;
+}
+
+/* A of the entry nearest to x in [0, 2): one of the two next to x slope + intercept, whichever is nearer. */
+QG_INLINE int32_t qg_dynamic_index(const qg_dynamic_map *map, float x, int32_t ties_up) {
+    const int32_t decade = qg_dynamic_decade(map, qg_dynamic_key(x, ties_up));
+    const float y = x < map->last[decade] ? x : map->last[decade];
+    const int32_t a = (int32_t)(y * map->slope[decade] + map->intercept[decade]);
+    /* Both distances are exact where they are nearly equal. Their bits order as they do, and a tie is one more. */
+    const int32_t below = (int32_t)qg_bits(x - qg_dynamic_entry(map, a));
+    const int32_t above = (int32_t)qg_bits(qg_dynamic_entry(map, a + 1) - x);
+    return a + (below + ties_up > above);
 }
 
 QG_INLINE float qg_dynamic_decode_signed(uint8_t code) {
@@ -145,7 +147,7 @@ typedef struct qg_dynamic_scale {
 
 QG_INLINE qg_dynamic_scale qg_make_dynamic_scale(float absmax) {
     qg_dynamic_scale scale;
-    scale.first = absmax < 0x1p-100f ? 0x1p100f : absmax > 0x1p100f ? 0x1p-100f : 1;
+    scale.first = absmax > 0x1p100f ? 0x1p-100f : absmax < 0x1p-100f && absmax > 0 ? 0x1p100f : 1;
     scale.second = absmax > 0 ? 1.0f / (absmax * scale.first) : 0;
     return scale;
 }

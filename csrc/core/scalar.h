@@ -91,13 +91,13 @@ QG_INLINE uint16_t qg_to_bfloat16(float x) {
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
 }
 
-/* Up or down with the probability of the distance; a finite value never becomes infinite. */
+/* Up or down with the probability of the distance; a finite value never becomes infinite. x is the result of an
+ * operation: a NaN is a quiet one, whose upper half suffices. */
 QG_INLINE uint16_t qg_to_bfloat16_stochastic(float x, int32_t noise) {
-    const uint32_t bits = qg_bits(x);
-    const uint32_t moved = bits + ((uint32_t)noise >> 8);
-    const uint32_t special = (uint32_t)((bits & 0x7f800000) == 0x7f800000) | ((moved & 0x7f800000) == 0x7f800000);
-    const uint32_t quiet = (bits & 0x7fffffff) > 0x7f800000 ? 0x40 : 0;
-    return (uint16_t)(((special ? bits : moved) >> 16) | quiet);
+    const uint32_t sign = qg_bits(x) & 0x80000000;
+    const uint32_t magnitude = qg_bits(x) & 0x7fffffff;
+    const uint32_t moved = magnitude + ((uint32_t)noise >> 8);
+    return (uint16_t)((sign | (moved < 0x7f800000 ? moved : magnitude)) >> 16);
 }
 
 QG_INLINE float qg_from_float16(uint16_t half) {
