@@ -92,7 +92,6 @@ class QGaLoreLinear(nn.Module):
         self.label = ""
         where = torch.empty(0, device=device, dtype=dtype)
         self.compute_dtype = where.dtype
-        self.stochastic_round = True
         if weight_bits is None:
             self.weight = nn.Parameter(where.new_zeros(out_features, in_features), requires_grad=False)
         else:
