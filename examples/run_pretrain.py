@@ -53,6 +53,10 @@ from pretrain.stopping import StopRequest
 # Written into every checkpoint: a run can only be continued with the same values.
 IDENTITY = ("seed", "dtype", "max_length", "tokenizer", "optimizer", "rank", "proj_type", "weight_quant", "proj_quant")
 
+# A CPU gains nothing from more tokens at once, but the activations of 65,536 of them take 40 GB in a LLaMA-130M. The
+# gradients of the parts add up to that of the micro-batch.
+CPU_TOKENS_AT_ONCE = 8192
+
 
 class TrainingFailed(Exception):
     """The run cannot go on: the loss is no longer a number, or a checkpoint cannot be written."""
@@ -164,7 +168,7 @@ class Trainer:
                 "refreshes": count_refreshes(self.optimizer),
             }
             self.log.record("train", self.step, **values)
-            self.log.advance()
+            self.log.advance(loss)
             if self.step % args.log_every == 0 or self.step == last:
                 self.log.line(training_line(self.step, last, values))
                 seconds, tokens = 0.0, 0
@@ -179,11 +183,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         tokens = args.total_batch_size * args.max_length
         total = torch.zeros((), device=self.device)
+        rows = args.batch_size if self.device.type == "cuda" else max(1, CPU_TOKENS_AT_ONCE // args.max_length)
         for _ in range(args.gradient_accumulation):
-            inputs, targets = self.corpus.train.next_batch(args.batch_size)
-            loss = summed_loss(self.model, inputs.to(self.device), targets.to(self.device)) / tokens
-            loss.backward()
-            total += loss.detach()
+            batch = self.corpus.train.next_batch(args.batch_size)
+            for inputs, targets in zip(*(part.to(self.device).split(rows) for part in batch), strict=True):
+                loss = summed_loss(self.model, inputs, targets) / tokens
+                loss.backward()
+                total += loss.detach()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if args.grad_clipping:
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clipping)

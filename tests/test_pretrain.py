@@ -22,6 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 import run_pretrain  # noqa: E402
 from pretrain import checkpoint  # noqa: E402
 from pretrain.errors import UsageError  # noqa: E402
+from pretrain.losses import summed_loss  # noqa: E402
 from pretrain.model import LlamaConfig  # noqa: E402
 from pretrain_support import EXAMPLES, ROOT, losses, records, run, tiny_flags, write_corpus  # noqa: E402
 
@@ -282,6 +283,20 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     one = losses(run(tmp_path, batch_size=8, num_training_steps=6))
     four = losses(run(tmp_path, batch_size=2, total_batch_size=8, num_training_steps=6))
     assert four == pytest.approx(one, rel=1e-4)
+
+
+def test_a_cpu_takes_few_tokens_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = losses(run(tmp_path, device="cpu", batch_size=8, num_training_steps=6))
+    shapes = []
+
+    def watched(model: torch.nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(inputs.shape))
+        return summed_loss(model, inputs, targets)
+
+    monkeypatch.setattr(run_pretrain, "summed_loss", watched)
+    monkeypatch.setattr(run_pretrain, "CPU_TOKENS_AT_ONCE", 100)
+    assert losses(run(tmp_path, device="cpu", batch_size=8, num_training_steps=6)) == pytest.approx(whole, rel=1e-4)
+    assert shapes == 6 * [(3, 32), (3, 32), (2, 32)]
 
 
 def test_clipping_bounds_the_update(tmp_path: Path) -> None:

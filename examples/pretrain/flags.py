@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("training").add_argument
-    add("--batch_size", type=int, help="sequences of a micro-batch; what must fit in memory")
+    add("--batch_size", type=int, help="sequences of a micro-batch; what must fit in memory (a CPU splits it further)")
     add("--gradient_accumulation", type=int, help="micro-batches of an update")
     add("--total_batch_size", type=int, help="sequences of an update")
     add("--num_training_steps", type=int, default=10000, help="updates (default 10000)")

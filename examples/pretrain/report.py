@@ -64,9 +64,10 @@ class RunLog:
         else:
             print(text, flush=True)
 
-    def advance(self) -> None:
+    def advance(self, loss: float) -> None:
         """One more update is done."""
         if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             self._bar.update()
 
     def close(self) -> None:
