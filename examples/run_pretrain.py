@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with StopRequest() as stop:
             return Trainer(args, stop).run()
     except UsageError as error:
-        print(f"run_pretrain.py: {error}", file=sys.stderr)
+        print("run_pretrain.py:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except TrainingFailed as error:
         print(f"run_pretrain.py: {error}", file=sys.stderr)

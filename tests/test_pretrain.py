@@ -330,6 +330,16 @@ def test_log_has_what_people_expect(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"loss curve: {picture}" in printed and picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_lazy_rule_flags_save_refreshes(tmp_path: Path) -> None:
+    """Every cosine reaches -1, so the gap doubles as soon as the queue of one is full."""
+    flags = {**Q_GALORE, "num_training_steps": 30}
+    steady = run(tmp_path, **flags)
+    lazy = {"cos_threshold": -1, "gamma_proj": 2, "queue_size": 1}
+    stretched = run(tmp_path, **flags, **lazy, save_dir=tmp_path / "lazy")
+    counts = [max(row.get("refreshes", 0) for row in rows) for rows in (steady, stretched)]
+    assert 0 < counts[1] < 0.6 * counts[0]
+
+
 def test_memory_line_counts_real_bytes(tmp_path: Path) -> None:
     summary = run(tmp_path, optimizer="adamw", num_training_steps=3)[-1]
     weights = 4 * LlamaConfig.from_json(str(tmp_path / "tiny.json")).num_parameters

@@ -234,3 +234,14 @@ def test_defaults_need_no_wandb_and_choose_a_device(config: str) -> None:
     args = parse_flags(flags(config))
     assert args.torch_device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert args.save_dir.startswith("checkpoints") and args.name == "tiny"
+
+
+def test_our_optimizers_stay_on_the_cpu(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    ours = ["--optimizer", "q_galore_adamw8bit"]
+    assert parse_flags(flags(config, *ours)).torch_device.type == "cpu"
+    plain = parse_flags(flags(config, "--optimizer", "adamw"))
+    assert plain.torch_device.type == "cuda" and plain.dtype == "bfloat16"
+    with pytest.raises(UsageError, match="q_galore_adamw8bit on a GPU is not supported yet"):
+        parse_flags(flags(config, *ours, "--device", "cuda"))

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from .errors import UsageError
-from .optimizers import OPTIMIZERS, PROJECTED, QUANTISED
+from .optimizers import OPTIMIZERS, PLAIN, PROJECTED, QUANTISED
 from .schedules import SCHEDULERS
 
 EXAMPLES = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU that has it, else float32")
     add("--activation_checkpointing", action="store_true", help=NOT_YET)
-    add("--device", help="default: cuda where there is one, else cpu")
+    add("--device", help="cpu or cuda; default: cuda where there is one and the optimizer runs there")
     add("--seed", type=int, default=0, help="initial weights, order of the blocks, rounding noise (default 0)")
 
     add = parser.add_argument_group("data").add_argument
@@ -284,14 +284,17 @@ def _derive_steps(args: argparse.Namespace) -> None:
 
 
 def _derive_device(args: argparse.Namespace) -> None:
+    usable = args.optimizer in PLAIN  # our optimizers have no CUDA kernels yet
     try:
-        args.torch_device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        args.torch_device = torch.device(args.device or ("cuda" if usable and torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UsageError(f"--device {args.device} is no device PyTorch knows") from None
     if args.torch_device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device must be cpu or cuda, got {args.device}")
     if args.torch_device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds no usable GPU here")
+    if args.torch_device.type == "cuda" and not usable:
+        raise UsageError(f"--optimizer {args.optimizer} on a GPU {NOT_YET}")
     if args.dtype is None:
         fit = args.torch_device.type == "cuda" and torch.cuda.is_bf16_supported()
         args.dtype = "bfloat16" if fit else "float32"
