@@ -94,15 +94,16 @@ def _quantised_groups(
         keywords["stochastic_round"] = args.stochastic_round
     else:
         prepared["weight_bits"] = None
-    qg.prepare_model(model, **prepared)
+    lazy = {name: getattr(args, name) for name in ("cos_threshold", "gamma_proj", "queue_size")}
+    lazy = {name: value for name, value in lazy.items() if value is not None}
+    if lazy:  # the public rule compares singular vectors of full gradients
+        prepared["grad_mode"] = "full"
+        projection.update(lazy, lazy_rule="upstream")
     if args.proj_quant:
         projection.update(quant=True, quant_n_bit=args.proj_bits, quant_group_size=args.proj_group_size)
     else:
         projection["proj_format"] = "float32"
-    lazy = {name: getattr(args, name) for name in ("cos_threshold", "gamma_proj", "queue_size")}
-    given = {name: value for name, value in lazy.items() if value is not None}
-    if given:
-        projection.update(given, lazy_rule="upstream")
+    qg.prepare_model(model, **prepared)
     return qg.param_groups(model, rank=args.rank, **projection), keywords
 
 
