@@ -94,10 +94,11 @@ QG_INLINE uint16_t qg_to_bfloat16(float x) {
 /* Up or down with the probability of the distance; a finite value never becomes infinite. x is the result of an
  * operation: a NaN is a quiet one, whose upper half suffices. */
 QG_INLINE uint16_t qg_to_bfloat16_stochastic(float x, int32_t noise) {
-    const uint32_t sign = qg_bits(x) & 0x80000000;
-    const uint32_t magnitude = qg_bits(x) & 0x7fffffff;
-    const uint32_t moved = magnitude + ((uint32_t)noise >> 8);
-    return (uint16_t)((sign | (moved < 0x7f800000 ? moved : magnitude)) >> 16);
+    const int32_t magnitude = qg_magnitude(x);
+    const int32_t moved = (int32_t)((uint32_t)magnitude + ((uint32_t)noise >> 8));
+    const int32_t finite = moved < 0x7f7fffff ? moved : 0x7f7fffff;
+    const int32_t rounded = finite > magnitude ? finite : magnitude; /* infinities and NaNs as they are */
+    return (uint16_t)(((qg_bits(x) & 0x80000000) | (uint32_t)rounded) >> 16);
 }
 
 QG_INLINE float qg_from_float16(uint16_t half) {
