@@ -437,11 +437,12 @@ def adam8_step_(
     for i, weight in enumerate(weights):
         if weight.numel() == 0:
             continue
-        moments = (exp_avg[i], exp_avg_sq[i])
         normalised = _adam(
             grads[i].float().reshape(1, -1),
-            *(m.view(1, -1) for m in moments),
-            *(a.view(1, -1) for a in (exp_avg_absmax[i], exp_avg_sq_absmax[i])),
+            exp_avg[i].view(1, -1),
+            exp_avg_sq[i].view(1, -1),
+            exp_avg_absmax[i].view(1, -1),
+            exp_avg_sq_absmax[i].view(1, -1),
             bias_steps[i],
             beta1,
             beta2,
