@@ -293,3 +293,25 @@ def test_a_whole_model_learns_in_every_mode() -> None:
             opt.zero_grad()
             losses.append(loss.item())
         assert losses[-1] < 0.7 * losses[0], options
+
+
+@pytest.mark.parametrize(("bits", "mode"), [(8, "low_rank"), (None, "low_rank"), (8, "full"), (None, "full")])
+def test_frozen_layers_stay_frozen(bits: Any, mode: str) -> None:
+    model = Model()
+    model.layers[0].requires_grad_(False)
+    qg.prepare_model(model, 4, weight_bits=bits, grad_mode=mode)
+    frozen = model.layers[0].mlp[0]
+    leaf = frozen.leaf if isinstance(frozen, qg.QGaLoreLinear) else frozen.weight
+    assert not leaf.requires_grad and not frozen.bias.requires_grad
+    groups = qg.param_groups(model)
+    names = [name for group in groups for name in group["param_names"]]
+    assert len(groups[1]["params"]) == 4 and not any(name.startswith("layers.0.") for name in names)
+    x = torch.randn(3, 16, requires_grad=True)
+    frozen(x).sum().backward()  # without an optimizer
+    assert leaf.grad is None and x.grad is not None and x.grad.any()
+    before = [p.clone() for p in qg.export_model(model).layers[0].parameters()]
+    opt = qg.QGaLoreAdamW8bit(groups, lr=0.1)
+    model(torch.randint(20, (3, 5))).square().sum().backward()
+    opt.step()
+    after = list(qg.export_model(model).layers[0].parameters())
+    assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(before, after, strict=True))

@@ -277,3 +277,43 @@ def test_telemetry_counts_int8_groups() -> None:
     assert report["5.weight"]["groups_reranged"] == 0
     assert report["1.coordinates"]["refreshes"] >= 1 and report["1.coordinates"]["gap"] == 7
     assert set(report["5.weight"]) == {"name", "id", "step", "groups_shifted", "groups_reranged"}
+
+
+def leaf_model(rank: int) -> tuple[nn.Module, list[dict[str, Any]]]:
+    model = qg.prepare_model(nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 3)), rank, ["0"])
+    return model, qg.param_groups(model)
+
+
+def other_rank() -> dict[str, Any]:
+    model, groups = leaf_model(8)
+    state = qg.QGaLoreAdamW8bit(groups).state_dict()
+    del model
+    return state
+
+
+def without_rank() -> dict[str, Any]:
+    _, groups = leaf_model(4)
+    shapes = [[p.shape for p in group["params"]] for group in groups]
+    plain = [{"params": [nn.Parameter(torch.zeros(s)) for s in group]} for group in shapes]
+    return qg.QGaLoreAdamW8bit(plain).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (other_rank, "rank must be 4, with which 0.coordinates was"),
+        (without_rank, "the rank of 0.coordinates must be 4, got None in the state dict"),
+        (dict, "the state dict must hold a list 'param_groups', got NoneType"),
+        (lambda: {"param_groups": [], "state": None}, "the state dict must hold a dict 'state', got NoneType"),
+        (lambda: {"param_groups": [{}, {}], "state": {}}, "group 0 of the state dict must be a dict with 'params'"),
+    ],
+)
+def test_a_state_of_another_rank_or_kind_is_refused_and_nothing_is_loaded(make: Any, message: str) -> None:
+    model, groups = leaf_model(4)
+    opt = qg.QGaLoreAdamW8bit(groups)
+    before, binding = copy.deepcopy(opt.state_dict()), model[0].leaf.binding
+    with pytest.raises(ValueError, match=f"^{message}"):
+        opt.load_state_dict(make())
+    assert differences(before, opt.state_dict()) == [] and model[0].leaf.binding is binding
+    model(torch.randn(2, 24)).sum().backward()
+    opt.step()

@@ -247,9 +247,9 @@ def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
 def _ordinary(layer: QGaLoreLinear) -> nn.Linear:
     weight = layer.dequantize()
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight)
+    linear.weight = nn.Parameter(weight, layer.leaf.requires_grad)
     if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().clone())
+        linear.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     linear.train(layer.training)
     return linear
 

@@ -113,7 +113,8 @@ class QGaLoreLinear(nn.Module):
         """The layer of an ``nn.Linear``, whose weight is quantised (or taken over, ``weight_bits=None``).
 
         Args:
-            linear: the layer to convert; a float weight and the bias are shared with it, not copied.
+            linear: the layer to convert; a float weight and the bias are shared with it, not copied. The leaf
+                requires a gradient where its weight does.
             label: qualified name, for messages.
             options: as for the class.
         """
@@ -124,6 +125,7 @@ class QGaLoreLinear(nn.Module):
         layer = cls(linear.in_features, linear.out_features, False, device="meta", dtype=weight.dtype, **options)
         layer.label = layer.leaf.label = label
         layer._retie(weight.device)
+        layer.leaf.requires_grad_(linear.weight.requires_grad)
         if layer.weight_bits is None:
             linear.weight.requires_grad_(False)
             layer.register_parameter("weight", cast(nn.Parameter, linear.weight))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,7 +15,15 @@ from q_galore_torch import ops
 from q_galore_torch.nn.binding import Binding
 from q_galore_torch.nn.leaf import ZeroLeaf, bind, check_untouched, layer_of
 from q_galore_torch.optim import options, schedule
-from q_galore_torch.optim.state import checked_state, new_state, placed, projection_of, refuse_parameter, target_of
+from q_galore_torch.optim.state import (
+    checked_groups,
+    checked_state,
+    new_state,
+    placed,
+    projection_of,
+    refuse_parameter,
+    target_of,
+)
 from q_galore_torch.optim.update import Work, checked_gradient, is_low_rank, keep_finite, update
 from q_galore_torch.subspace import first_refresh_steps
 
@@ -308,14 +317,15 @@ class QGaLoreAdamW8bit(Optimizer):
 
     def _loaded(self, state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
         """New groups and states from a state dict, after checking all of it."""
-        saved_groups = state_dict["param_groups"]
+        saved_groups = checked_groups(state_dict)
         have, got = ([len(g["params"]) for g in groups] for groups in (self.param_groups, saved_groups))
         if have != got:
             raise ValueError(f"the saved groups have {got} parameters, this optimizer's {have}")
         groups, states = [], {}
         for index, (own, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
-            kept = {key: own[key] for key in ("params", "param_names") if key in own}
-            group = {**own, **saved, **kept}
+            kept: dict[str, Any] = {key: own[key] for key in ("params", "param_names") if key in own}
+            options_of: dict[str, Any] = {key: value for key, value in saved.items() if key != "params"}
+            group: dict[str, Any] = {**own, **copy.deepcopy(options_of), **kept}
             if "param_names" not in own:
                 group.pop("param_names", None)
             groups.append(group)
@@ -323,7 +333,10 @@ class QGaLoreAdamW8bit(Optimizer):
                 name = _name(own, index, position)
                 if key not in state_dict["state"]:
                     raise ValueError(f"the state dict has no state for {name}")
+                if (own["rank"] is None) != (group["rank"] is None):
+                    raise ValueError(f"the rank of {name} must be {own['rank']}, got {group['rank']} in the state dict")
                 entry, target = state_dict["state"][key], target_of(parameter, name)
+                refuse_parameter(parameter, target, group, name)
                 template = new_state(
                     target, group, id=0, number=0, min_8bit_size=group["min_8bit_size"], device=torch.device("meta")
                 )

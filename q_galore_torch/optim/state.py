@@ -182,6 +182,21 @@ def empty_projector(shapes: Projection, group: dict[str, Any], device: torch.dev
     )
 
 
+def checked_groups(state_dict: Any) -> list[dict[str, Any]]:
+    """The groups of a state dict; ValueError where it is not one of an optimizer."""
+    parts = [state_dict.get(key) for key in ("param_groups", "state")] if isinstance(state_dict, dict) else [None, None]
+    for key, part, kind in zip(("param_groups", "state"), parts, (list, dict), strict=True):
+        if not isinstance(part, kind):
+            raise ValueError(f"the state dict must hold a {kind.__name__} {key!r}, got {type(part).__name__}")
+    groups: list[dict[str, Any]] = state_dict["param_groups"]
+    for index, group in enumerate(groups):
+        if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)) or "rank" not in group:
+            raise ValueError(
+                f"group {index} of the state dict must be a dict with 'params' and 'rank', got {group!r:.80}"
+            )
+    return groups
+
+
 def checked_state(saved: dict[str, Any], template: dict[str, Any], name: str) -> None:
     """Raise ValueError where a saved state does not fit the parameter it is loaded for.
 
@@ -190,6 +205,8 @@ def checked_state(saved: dict[str, Any], template: dict[str, Any], name: str) ->
         template: a new state of that parameter under the saved group's options.
         name: the parameter's, for the message.
     """
+    if not isinstance(saved, dict):
+        raise ValueError(f"the saved state of {name} must be a dict, got {type(saved).__name__}")
     if saved.keys() != template.keys():
         odd = sorted(saved.keys() ^ template.keys())
         raise ValueError(f"the saved state of {name} has other entries than this optimizer's: {', '.join(odd)}")
@@ -198,6 +215,8 @@ def checked_state(saved: dict[str, Any], template: dict[str, Any], name: str) ->
         if not isinstance(expected, Tensor):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ValueError(f"{key} of {name} must be an integer, got {value!r}")
+            if key in ("side", "dim") and value != expected:
+                raise ValueError(f"{key} of {name} must be {expected}, got {value}")
             continue
         if not isinstance(value, Tensor) or value.dtype != expected.dtype:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
