@@ -68,6 +68,7 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, stop: StopRequest) -> None:
         self.args, self.stop, self.device = args, stop, args.torch_device
         self.folder = Path(args.save_dir)
+        self.resident_before = peak_resident()
         config = read_config_json(args.model_config)
         longest = config.get("max_sequence_length", config.get("max_position_embeddings"))
         if isinstance(longest, int) and args.max_length > longest:
@@ -234,9 +235,10 @@ class Trainer:
             change = "" if before is None else f" (before training: {before:.4f} and {perplexity(before):.2f})"
             self.log.line(f"held-out loss {loss:.4f}, perplexity {perplexity(loss):.2f}{change}")
         parts = ", ".join(f"{name.replace('_', ' ')} {size / MIB:.1f}" for name, size in memory.items())
+        earlier = f"{self.resident_before / MIB:.1f} before the model was made"
         adamw = 4 * self.parameters / MIB
         self.log.line(
-            f"memory in MiB: {parts}; float32 AdamW has weights {adamw:.1f}, gradients {adamw:.1f}, "
+            f"memory in MiB: {parts} ({earlier}); float32 AdamW has weights {adamw:.1f}, gradients {adamw:.1f}, "
             f"optimizer state {2 * adamw:.1f}"
         )
         if self.args.plot:

@@ -21,6 +21,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
 import run_pretrain  # noqa: E402
 from pretrain import checkpoint  # noqa: E402
+from pretrain.data import load_corpus  # noqa: E402
 from pretrain.errors import UsageError  # noqa: E402
 from pretrain.losses import summed_loss  # noqa: E402
 from pretrain.model import LlamaConfig  # noqa: E402
@@ -330,6 +331,14 @@ def test_log_has_what_people_expect(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert f"loss curve: {picture}" in printed and picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_evaluation_takes_all_held_out_tokens_unless_told(tmp_path: Path) -> None:
+    tokens = [row["tokens"] for row in run(tmp_path) if row["kind"] == "eval"]
+    held_out = len(load_corpus("text", str(tmp_path / "corpus"), "byte", 32, 0, 0, 264).held_out)
+    assert tokens == 2 * [held_out - 1]
+    short = [row["tokens"] for row in run(tmp_path, eval_tokens=100) if row["kind"] == "eval"]
+    assert len(set(short)) == 1 and 0 < short[0] <= 100
+
+
 def test_lazy_rule_flags_save_refreshes(tmp_path: Path) -> None:
     """Every cosine reaches -1, so the gap doubles as soon as the queue of one is full."""
     flags = {**Q_GALORE, "num_training_steps": 30}
@@ -346,7 +355,12 @@ def test_memory_line_counts_real_bytes(tmp_path: Path) -> None:
     assert summary["weights"] == summary["gradients"] == weights
     assert 2 * weights <= summary["optimizer_state"] < 2 * weights + 1000
     quantised = run(tmp_path, **Q_GALORE, num_training_steps=3)[-1]
-    assert quantised["weights"] < 0.65 * weights and quantised["optimizer_state"] < 0.9 * weights
+    regular = 4 * (2 * 264 * 64 + 5 * 64)  # embeddings, head and norms
+    elements, coordinates = 2 * (4 * 64 * 64 + 3 * 64 * 128), 2 * 16 * (4 * 64 + 3 * 128)
+    assert quantised["gradients"] == regular + 4 * coordinates
+    stored = regular + elements + 6 * elements // 256
+    assert stored <= quantised["weights"] <= stored + 4 * coordinates // 2  # and one zero buffer
+    assert quantised["optimizer_state"] < 0.9 * weights
 
 
 def test_runs_without_tqdm_matplotlib_and_wandb(
