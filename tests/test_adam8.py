@@ -84,6 +84,25 @@ def test_adam8_float32_agrees_with_torch_adamw():
     assert (weights[0][0].double() - reference_parameter.detach()).norm() <= 1e-5 * moved
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-2])
+def test_adam8_steps_stay_adams_when_gradients_stop(scale):
+    """A second moment far below its block's largest must not become zero while the first moment survives."""
+    generator = torch.Generator().manual_seed(1)
+    first = scale * torch.randn(16384, generator=generator)
+    parameter = torch.nn.Parameter(torch.zeros(16384))
+    adamw = torch.optim.AdamW([parameter], lr=1e-3, weight_decay=0.0)
+    weights = [[torch.zeros(16384)], [torch.empty(0)], [torch.empty(0, dtype=torch.int16)]]
+    states = [[x] for x in fresh_moments((16384,), "dynamic8", 256, by_row=False)]
+    for step in range(1, 21):
+        gradient = first if step == 1 else torch.zeros(16384)
+        parameter.grad = gradient
+        adamw.step()
+        before = weights[0][0].clone()
+        run(ops, weights, states, [gradient], step, lr=1e-3, weight_decay=0.0)
+        assert (weights[0][0] - before).abs().max() < 2e-3
+    assert weights[0][0].abs().max() < 2 * parameter.detach().abs().max()
+
+
 def test_adam8_results_do_not_depend_on_the_thread_count():
     results = []
     for threads in (1, 2, 3):

@@ -7,8 +7,7 @@
  *
  * No search: within a decade entries are linear in A. With n = 9 A + 4.5 - 8 2^e the entry is n c, c = 10^(e - 7) / 2^e
  * (signed) or 10^(e - 8) / 2^e. n has at most 12 bits, so its product with a 12-bit `high` half of c is exact, and that
- * plus its product with the rest, `low`, rounds to the right float for every entry. The entry 1 is the first one of an
- * eighth decade, cut off.
+ * plus its product with the rest, `low`, rounds to the right float for every entry. The entry 1 has a decade of its own.
  *
  * Tables have eight places: eight floats are one AVX2 register, and a look-up is one permutation.
  */
@@ -27,13 +26,13 @@ typedef struct qg_dynamic_map {
     float high[8];
     float low[8];
     /* From x to A, by decade: places 4 to 10 modulo 8, and 3 for the entry 1. A decade ends at `bound`, the midpoint to
-     * the next one, as a key (qg_dynamic_key); its last entry is `last`; A = x slope + intercept. */
+     * the next one, as a key (qg_dynamic_key); its last entry is `last`; A = x slope + intercept, which is half-way
+     * between two integers at every midpoint. In the lowest decade, that with 0, only midpoints are on the line. */
     int32_t bound[8];
     float last[8];
     float slope[8];
     float intercept[8];
-    int32_t least; /* the key of the midpoint between 0 and the next entry */
-    int32_t zero;  /* A of the entry 0 */
+    int32_t zero; /* A of the entry 0 */
 } qg_dynamic_map;
 
 /* c cut in two by Veltkamp's splitting: the upper 12 bits, and the rest. */
@@ -43,36 +42,34 @@ typedef struct qg_dynamic_map {
 
 /* clang-format off */
 QG_TABLE qg_dynamic_map qg_dynamic_signed = {
-    /* e = 1, 2, 3, 4, 5, 6, 7, 0 */
-    {4.5f - 16, 4.5f - 32, 4.5f - 64, 4.5f - 128, 4.5f - 256, 4.5f - 512, 4.5f - 1024, 4.5f - 8},
-    {QG_HIGH(1e-6 / 2), QG_HIGH(1e-5 / 4), QG_HIGH(1e-4 / 8), QG_HIGH(1e-3 / 16), QG_HIGH(1e-2 / 32), QG_HIGH(1e-1 / 64),
-     QG_HIGH(1. / 128), QG_HIGH(1e-7)},
+    /* e = 1, 2, 3, 4, 5, 6, the entry 1, e = 0 */
+    {4.5f - 16, 4.5f - 32, 4.5f - 64, 4.5f - 128, 4.5f - 256, 4.5f - 512, 1 - 9 * 128, 4.5f - 8},
+    {QG_HIGH(1e-6 / 2), QG_HIGH(1e-5 / 4), QG_HIGH(1e-4 / 8), QG_HIGH(1e-3 / 16), QG_HIGH(1e-2 / 32),
+     QG_HIGH(1e-1 / 64), 1, QG_HIGH(1e-7)},
     {QG_LOW(1e-6 / 2), QG_LOW(1e-5 / 4), QG_LOW(1e-4 / 8), QG_LOW(1e-3 / 16), QG_LOW(1e-2 / 32), QG_LOW(1e-1 / 64),
-     QG_LOW(1. / 128), QG_LOW(1e-7)},
+     0, QG_LOW(1e-7)},
     /* e = 4, 5, 6, the entry 1, e = 0, 1, 2, 3 */
     {0x785a1cac, 0x7ba51eb8, 0x7efe3333, 0x7fffffff, 0x6bfe0701, 0x6ee68a0d, 0x7200e6af, 0x7523a29d},
     {1e-2 * (1 - .45 / 16), 1e-1 * (1 - .45 / 32), 1 - .45 / 64, 1,
      1e-6 * (1 - .45), 1e-5 * (1 - .45 / 2), 1e-4 * (1 - .45 / 4), 1e-3 * (1 - .45 / 8)},
-    {1e3 * 16 / 9, 1e2 * 32 / 9, 1e1 * 64 / 9, 0, 1e7 / 9, 1e6 * 2 / 9, 1e5 * 4 / 9, 1e4 * 8 / 9},
-    {128. / 9 - .5, 256. / 9 - .5, 512. / 9 - .5, 127.9, 8. / 9 - .5, 16. / 9 - .5, 32. / 9 - .5, 64. / 9 - .5},
-    0x6927476c,
+    {1e3 * 16 / 9, 1e2 * 32 / 9, 1e1 * 64 / 9, 0, .5 / 2.75e-7, 1e6 * 2 / 9, 1e5 * 4 / 9, 1e4 * 8 / 9},
+    {128. / 9 - .5, 256. / 9 - .5, 512. / 9 - .5, 127.9, 0, 16. / 9 - .5, 32. / 9 - .5, 64. / 9 - .5},
     0,
 };
 
 QG_TABLE qg_dynamic_map qg_dynamic_unsigned = {
-    /* e = 1, 2, 3, 4, 5, 6, 7, 8 */
-    {4.5f - 16, 4.5f - 32, 4.5f - 64, 4.5f - 128, 4.5f - 256, 4.5f - 512, 4.5f - 1024, 4.5f - 2048},
-    {QG_HIGH(1e-7 / 2), QG_HIGH(1e-6 / 4), QG_HIGH(1e-5 / 8), QG_HIGH(1e-4 / 16), QG_HIGH(1e-3 / 32), QG_HIGH(1e-2 / 64),
-     QG_HIGH(1e-1 / 128), QG_HIGH(1. / 256)},
+    /* e = 1, 2, 3, 4, 5, 6, 7, the entry 1 */
+    {4.5f - 16, 4.5f - 32, 4.5f - 64, 4.5f - 128, 4.5f - 256, 4.5f - 512, 4.5f - 1024, 1 - 9 * 256},
+    {QG_HIGH(1e-7 / 2), QG_HIGH(1e-6 / 4), QG_HIGH(1e-5 / 8), QG_HIGH(1e-4 / 16), QG_HIGH(1e-3 / 32),
+     QG_HIGH(1e-2 / 64), QG_HIGH(1e-1 / 128), 1},
     {QG_LOW(1e-7 / 2), QG_LOW(1e-6 / 4), QG_LOW(1e-5 / 8), QG_LOW(1e-4 / 16), QG_LOW(1e-3 / 32), QG_LOW(1e-2 / 64),
-     QG_LOW(1e-1 / 128), QG_LOW(1. / 256)},
+     QG_LOW(1e-1 / 128), 0},
     /* e = 5, 6, 7, the entry 1, e = 1, 2, 3, 4 */
     {0x7850e560, 0x7b9f5c29, 0x7eff199a, 0x7fffffff, 0x6b853b3e, 0x6e9b0ab4, 0x71d29dc7, 0x7514e3bd},
     {1e-2 * (1 - .45 / 32), 1e-1 * (1 - .45 / 64), 1 - .45 / 128, 1,
      1e-6 * (1 - .45 / 2), 1e-5 * (1 - .45 / 4), 1e-4 * (1 - .45 / 8), 1e-3 * (1 - .45 / 16)},
-    {1e3 * 32 / 9, 1e2 * 64 / 9, 1e1 * 128 / 9, 0, 1e7 * 2 / 9, 1e6 * 4 / 9, 1e5 * 8 / 9, 1e4 * 16 / 9},
-    {256. / 9 - .5, 512. / 9 - .5, 1024. / 9 - .5, 255.9, 16. / 9 - .5, 32. / 9 - .5, 64. / 9 - .5, 128. / 9 - .5},
-    0x685cf752,
+    {1e3 * 32 / 9, 1e2 * 64 / 9, 1e1 * 128 / 9, 0, 1 / 3.875e-7, 1e6 * 4 / 9, 1e5 * 8 / 9, 1e4 * 16 / 9},
+    {256. / 9 - .5, 512. / 9 - .5, 1024. / 9 - .5, 255.9, 1.5 - 1.625e-7 / 3.875e-7, 32. / 9 - .5, 64. / 9 - .5, 128. / 9 - .5},
     1,
 };
 /* clang-format on */
@@ -81,8 +78,7 @@ QG_TABLE qg_dynamic_map qg_dynamic_unsigned = {
 QG_INLINE float qg_dynamic_entry(const qg_dynamic_map *map, int32_t a) {
     const int32_t place = (int32_t)(qg_bits((float)a) >> 23) & 7;
     const float n = 9 * (float)a + map->base[place];
-    const float entry = n * map->high[place] + n * map->low[place];
-    return a == map->zero ? 0 : entry < 1 ? entry : 1;
+    return a == map->zero ? 0 : n * map->high[place] + n * map->low[place];
 }
 
 /* Twice the bits of x >= 0, one more if ties go up: as if x were half an ulp larger, past a midpoint but no further. */
@@ -90,14 +86,16 @@ QG_INLINE int32_t qg_dynamic_key(float x, int32_t ties_up) {
     return (int32_t)(qg_bits(x) << 1) + ties_up;
 }
 
-/* Between the last two entries of the lowest decade's midpoint and its bound, in both maps: about 1.2e-6. */
+/* A key between the last midpoint inside the lowest decade and that decade's bound, in both maps: that of 1.2e-6. */
 #define QG_DYNAMIC_LOWEST 0x6b450000
 
-/* The decade of a key up to that of 2. The key's upper half times 86 / 2^16 is 36 to 42, in stretches of some three
+/* The upper half of a key from there up to that of 2, times this / 2^16, is 36 to 42, in stretches of some three
  * octaves that hold one bound each. */
+#define QG_DYNAMIC_STRETCH 86
+
 QG_INLINE int32_t qg_dynamic_decade(const qg_dynamic_map *map, int32_t key) {
     const int32_t raised = key > QG_DYNAMIC_LOWEST ? key : QG_DYNAMIC_LOWEST;
-    const int32_t octaves = ((raised >> 16) * 86) >> 16;
+    const int32_t octaves = ((raised >> 16) * QG_DYNAMIC_STRETCH) >> 16;
     return (octaves + (key > map->bound[octaves & 7])) & 7;
 }
 
@@ -136,6 +134,12 @@ QG_INLINE uint8_t qg_dynamic_encode_unsigned(float x) {
 /* A first moment that is not zero keeps its sign: zero's code moves by one towards it. */
 QG_INLINE uint8_t qg_dynamic_keep_sign(uint8_t code, float value) {
     return (uint8_t)(code == 127 ? 127 + (value > 0) - (value < 0) : code);
+}
+
+/* A second moment that is not zero is not stored as zero: a first moment of the same element may have survived, and m over
+ * the root of nothing is a step of any size. */
+QG_INLINE uint8_t qg_dynamic_keep_positive(uint8_t code, float value) {
+    return (uint8_t)(code + (code == 0 && value > 0));
 }
 
 /* How a block is brought to [-1, 1]: x = (value first) second. An absmax so small or large that its reciprocal would be

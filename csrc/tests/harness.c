@@ -3,7 +3,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-enum { GUARD = 64, GUARD_BYTE = 0xA5, POISON = 0xCB, MOST_PRINTED = 20, MOST_BLOCKS = 256 };
+enum { GUARD = 64, GUARD_BYTE = 0xA5, POISON = 0xCB, MOST_PRINTED = 20, MOST_BLOCKS = 1024 };
 
 static int64_t passed;
 static int64_t failed;

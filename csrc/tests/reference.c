@@ -364,5 +364,5 @@ void ref_adam_block(
     }
     int64_t b = absmax_index(a, row, cols, first);
     ref_dynamic8((uint8_t *)a->exp_avg + at, &a->exp_avg_absmax[b], m, count, 1, 1);
-    ref_dynamic8((uint8_t *)a->exp_avg_sq + at, &a->exp_avg_sq_absmax[b], v, count, 0, 0);
+    ref_dynamic8((uint8_t *)a->exp_avg_sq + at, &a->exp_avg_sq_absmax[b], v, count, 0, 1);
 }

@@ -65,12 +65,12 @@ static qg_projector random_projector(int64_t rank, int64_t dim, qg_format format
 static qg_step_params some_params(void) {
     return (qg_step_params){.struct_size = sizeof(qg_step_params),
         .stochastic_round = random_below(3) != 0,
-        .lr = 0.01,
+        .lr = random_uniform(0.001, 0.1),
         .beta1 = 0.9,
         .beta2 = 0.99,
         .eps = 1e-8,
-        .weight_decay = random_below(2) ? 0.1 : 0.0,
-        .scale = random_below(2) ? 0.25 : 1.0,
+        .weight_decay = random_below(2) ? random_uniform(0.0, 5.0) : 0.0,
+        .scale = random_below(2) ? 0.3 : 1.0,
         .seed = random_bits(),
         .gemm_format = random_below(3) ? QG_FLOAT32 : QG_BFLOAT16};
 }

@@ -51,7 +51,8 @@ def _adam(
         exp_avg.copy_(torch.where(lost, torch.where(m > 0, 128, 126), codes.int()).to(torch.uint8))
         exp_avg_absmax.copy_(absmax1)
         codes, absmax2 = dynamic8_quantize(v, False, block)
-        exp_avg_sq.copy_(codes)
+        lost = (codes == 0) & (v > 0)  # nor is a second moment lost: m over the root of nothing is a step of any size
+        exp_avg_sq.copy_(codes + lost)
         exp_avg_sq_absmax.copy_(absmax2)
     else:
         exp_avg.copy_(m)
