@@ -4,6 +4,7 @@ its backward allocates."""
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -325,3 +326,58 @@ def test_a_new_layer_is_zero_and_set_weight_fills_it() -> None:
     with pytest.raises(ValueError, match=r"weight must be \[30, 20\], got \[20, 30\]"):
         layer.set_weight(weight.t())
     assert "rank=4" in repr(layer) and "8 bits" in repr(layer)
+
+
+@pytest.mark.parametrize("between", ["backward", "step"])
+def test_zeroed_gradients_drop_the_stash(between: str) -> None:
+    x, other = torch.randn(6, 64), torch.randn(6, 64)
+    layer, opt = prepared(linear(), due=True)
+    layer(x).square().sum().backward()
+    layer.zero_grad(set_to_none=False)
+    if between == "step":
+        opt.step()
+        assert opt.telemetry()[1]["refreshes"] == 0
+        return
+    layer(other).square().sum().backward()
+    fresh, _ = prepared(linear(), due=True)
+    fresh(other).square().sum().backward()
+    assert torch.equal(layer.leaf.binding.stash, fresh.leaf.binding.stash)
+
+
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_inputs_that_are_not_floats_are_refused(bits: Any, autocast: bool) -> None:
+    layer, _ = prepared(linear(), weight_bits=bits)
+    for dtype in (torch.int64, torch.bool):
+        with pytest.raises(RuntimeError, match=f"^0 expects a torch.float32 input, got {dtype}$"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                layer(torch.ones(2, 64, dtype=dtype))
+
+
+def test_a_float_weight_takes_inputs_of_its_own_dtype() -> None:
+    layer, _ = prepared(linear(dtype=torch.bfloat16), weight_bits=None)
+    with pytest.raises(
+        RuntimeError, match="^0 has a float weight and expects a torch.bfloat16 input like it, got .*32"
+    ):
+        layer(torch.ones(2, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(2, 64)).dtype == torch.bfloat16
+
+
+def test_a_checkpoint_of_another_group_size_is_refused() -> None:
+    source, _ = prepared(nn.Linear(16, 20), group_size=200)
+    layer, _ = prepared(nn.Linear(16, 20), group_size=180)  # as many groups
+    before = copy.deepcopy(layer.state_dict())
+    file = io.BytesIO()
+    torch.save(source.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    with pytest.raises(RuntimeError, match="group_size must be 180, as in this layer, got 200"):
+        layer.load_state_dict(state)
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    twin, _ = prepared(nn.Linear(16, 20), group_size=200)
+    twin.load_state_dict(state)
+    del state["group_size"]  # saved before it was written
+    twin.load_state_dict(state)
+    assert torch.equal(twin.dequantize(), source.dequantize())
+    layer.load_state_dict(nn.Linear(16, 20).state_dict())

@@ -92,8 +92,8 @@ def test_the_leaf_is_never_in_a_checkpoint(mode: str) -> None:
     train(model, opt)
     state = model.state_dict()
     assert list(state) == [
-        *("0.bias", "0.qweight", "0.scales", "0.zeros"),
-        *("2.bias", "2.qweight", "2.scales", "2.zeros"),
+        *("0.bias", "0.qweight", "0.scales", "0.zeros", "0.group_size"),
+        *("2.bias", "2.qweight", "2.scales", "2.zeros", "2.group_size"),
         *("3.weight", "3.bias"),
     ]
     assert {name for name, _ in model.named_parameters()} - set(state) == {

@@ -45,14 +45,18 @@ class Binding:
 
         If the leaf's gradient was accumulated and has gone since (``model.zero_grad()``), so has the stash's meaning.
         """
-        if self._accumulated and leaf.grad is None:
-            self.stash, self._accumulated = None, False
+        self.forget_if_zeroed(leaf)
         if self._hook is None:
             self._hook = leaf.register_post_accumulate_grad_hook(self._mark)
         if self.stash is None:
             self.stash = gradient.float() if gradient.dtype != torch.float32 else gradient
         else:
             self.stash.add_(gradient)
+
+    def forget_if_zeroed(self, leaf: ZeroLeaf) -> None:
+        """Forget the stash if the leaf's accumulated gradient was removed or zeroed since."""
+        if self._accumulated and (leaf.grad is None or not leaf.grad.any()):
+            self.stash, self._accumulated = None, False
 
     def _mark(self, leaf: Tensor) -> None:
         self._accumulated = True

@@ -52,7 +52,7 @@ class QGaLoreLinear(nn.Module):
 
     Note:
         The forward decodes W to x's dtype (autocast's under autocast), the backward once more. ``state_dict`` holds
-        codes, scales, zeros (or the float weight) and bias, never the leaf.
+        codes, scales, zeros, ``group_size`` (or the float weight) and bias, never the leaf.
 
     Source: Q-GaLore (arXiv 2407.08296), section 3; the low-rank backward is this package's own.
     """
@@ -232,6 +232,8 @@ class QGaLoreLinear(nn.Module):
         leaf = self._parameters.pop(name)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self._parameters[name] = leaf
+        if self.weight_bits is not None:
+            destination[prefix + "group_size"] = torch.tensor(self.group_size, device="cpu")
 
     def _load_from_state_dict(
         self,
@@ -244,7 +246,11 @@ class QGaLoreLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """Loads codes, or quantises a float ``weight`` from a checkpoint of the unprepared model."""
-        key = prefix + "weight"
+        saved, key = state_dict.pop(prefix + "group_size", None), prefix + "weight"
+        if self.weight_bits is not None and prefix + "qweight" in state_dict and saved is not None:
+            if int(saved) != self.group_size:
+                error_msgs.append(f"{prefix}group_size must be {self.group_size}, as in this layer, got {int(saved)}")
+                return
         if self.weight_bits is not None and key in state_dict and prefix + "qweight" not in state_dict:
             value = state_dict.pop(key)
             if tuple(value.shape) == (self.out_features, self.in_features):
@@ -278,9 +284,18 @@ class QGaLoreLinear(nn.Module):
         return ops.int8_dequantize(stored, scales, zeros, self.group_size, direct).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x W^T + b`` for x [..., n], computed in x's dtype, or autocast's under autocast; returns [..., m]."""
+        """``x W^T + b`` for x [..., n], computed in x's dtype, or autocast's under autocast; returns [..., m].
+
+        Raises:
+            RuntimeError: x is not of a float dtype, or, outside autocast, not of a float weight's own.
+        """
+        if not x.is_floating_point():
+            raise RuntimeError(f"{self.label or 'QGaLoreLinear'} expects a {self.compute_dtype} input, got {x.dtype}")
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif self.weight_bits is None and x.dtype != self.weight.dtype:
+            name, dtype = self.label or "QGaLoreLinear", self.weight.dtype
+            raise RuntimeError(f"{name} has a float weight and expects a {dtype} input like it, got {x.dtype}")
         if self.weight_bits is None:
             return LinearFunction.apply(x, self.leaf, self.bias, self.weight, None, None, self)
         return LinearFunction.apply(x, self.leaf, self.bias, self.qweight, self.scales, self.zeros, self)

@@ -263,6 +263,7 @@ class QGaLoreAdamW8bit(Optimizer):
         if not schedule.needs_gradient(item.group):
             self._refresh(item, None, before)
             return
+        binding.forget_if_zeroed(item.parameter)
         stash = binding.stash
         if stash is not None and 0 < ops.absmax([stash]).item() < float("inf"):
             self._refresh(item, stash, before)
