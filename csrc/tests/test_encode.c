@@ -90,7 +90,9 @@ static void adam_pending(float size) {
     for (int64_t i = 0; i < pending; i++) {
         int code = ref_encode(1, values[i]);
         want[i] = (uint8_t)(code == 127 && values[i] != 0.0f ? values[i] > 0.0f ? 128 : 126 : code);
-        want_v[i] = (uint8_t)ref_encode(0, values[i] * values[i]);
+        float v = values[i] * values[i];
+        int v_code = ref_encode(0, v);
+        want_v[i] = (uint8_t)(v_code == 0 && v != 0.0f ? 1 : v_code);
         values[i] *= size;
     }
     for (int simd = 0; simd < LEVELS; simd++) {
