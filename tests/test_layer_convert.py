@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import q_galore_torch as qg
 
@@ -79,6 +80,8 @@ def test_all_linear_asks_the_model_for_its_head() -> None:
         (dict(rank="8"), "rank must be an integer >= 1, got '8'"),
         (dict(target_modules=["nothing"]), r"target_modules=\['nothing'\] matches no nn.Linear of the model"),
         (dict(target_modules=[]), r"target_modules must be a string or a list of strings, got \[\]"),
+        (dict(target_modules=3), "target_modules must be a string or a list of strings, got 3"),
+        (dict(target_modules="["), r"target_modules='\[' is not a regular expression: unterminated character set .*"),
         (dict(weight_bits=4), "weight_bits must be 8 or None, got 4"),
         (dict(group_size=2.0), "group_size must be an integer >= 1, got 2.0"),
         (dict(grad_mode="both"), "grad_mode must be 'low_rank' or 'full', got 'both'"),
@@ -315,3 +318,63 @@ def test_frozen_layers_stay_frozen(bits: Any, mode: str) -> None:
     opt.step()
     after = list(qg.export_model(model).layers[0].parameters())
     assert all(torch.equal(a, b) and not b.requires_grad for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("bits", [8, None])
+def test_a_layer_that_is_refused_leaves_the_whole_model_as_it_was(bits: Any) -> None:
+    model = Model()
+    model.layers[1].mlp[0].double()
+    before = {name: (p, p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="^the weight of layers.1.mlp.0 must be float32"):
+        qg.prepare_model(model, 4, weight_bits=bits)
+    assert converted(model) == [] and {n: (p, p.requires_grad) for n, p in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda layer: nn.utils.weight_norm(layer),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.l1_unstructured(layer, "bias", 0.5),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+    ],
+)
+@pytest.mark.parametrize("target", ["all-linear", ["mlp"], r".*\.mlp\..*"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_computed_weights_are_refused(wrap: Any, target: Any) -> None:
+    model = Model()
+    wrap(model.layers[1].mlp[2])
+    with pytest.raises(ValueError, match="^layers.1.mlp.2 cannot be converted: its weight or bias is computed from"):
+        qg.prepare_model(model, 4, target)
+    assert converted(model) == []
+    qg.prepare_model(model, 4, ["attn"])
+
+
+def test_hooks_are_carried_over_and_still_removable() -> None:
+    model, calls = Model(), []
+    linear = model.layers[0].mlp[0]
+    handles = [
+        linear.register_forward_pre_hook(lambda m, args: calls.append("pre")),
+        linear.register_forward_hook(lambda m, args, kwargs, out: calls.append("forward"), with_kwargs=True),
+        linear.register_full_backward_pre_hook(lambda m, grads: calls.append("backward pre")),
+        linear.register_full_backward_hook(lambda m, a, b: calls.append("backward")),
+    ]
+    qg.prepare_model(model, 4, grad_mode="full")
+    model(torch.randint(20, (3, 5))).sum().backward()
+    assert calls == ["pre", "forward", "backward pre", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(torch.randint(20, (3, 5))).sum().backward()
+    assert len(calls) == 4
+    other = Model()
+    other.layers[0].mlp[0].register_state_dict_post_hook(lambda *args: None)
+    with pytest.raises(ValueError, match="^layers.0.mlp.0 cannot be converted: it has a state dict hook"):
+        qg.prepare_model(other, 4)
+
+
+def test_the_decoded_weight_of_a_low_rank_layer_cannot_be_assigned() -> None:
+    layer = qg.prepare_model(Model(), 4).layers[0].mlp[0]
+    for value in (nn.Parameter(torch.zeros(32, 16)), torch.zeros(32, 16)):
+        with pytest.raises(RuntimeError, match=r"^the INT8 weight of layers.0.mlp.0 cannot be .*set_weight\(tensor\)$"):
+            layer.weight = value
+    assert torch.equal(layer.weight, layer.dequantize())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.nn.linear import QGaLoreLinear, check_layer_options
@@ -54,7 +55,8 @@ def prepare_model(
 
     Raises:
         ValueError: an option is out of range, nothing matches, or a matching layer cannot be converted (its parent
-            reads ``.weight`` itself, or the weight is shared with a module that is not converted with it).
+            reads ``.weight`` itself, the weight is shared with a module that is not converted with it, is computed from
+            others (``weight_norm``, ``prune``, parametrizations) or is not finite); no layer is converted then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
@@ -69,27 +71,30 @@ def prepare_model(
     side_of(proj_type, 1, 1)
     targets = _targets(model, target_modules)
     _refuse_tied(model, targets)
+    options: dict[str, Any] = dict(weight_bits=weight_bits, group_size=group_size, grad_mode=grad_mode)
+    options.update(grad_dtype=grad_dtype, proj_type=proj_type)
+    trained = [(linear.weight, linear.weight.requires_grad) for linear in targets.values()]
     converted: dict[int, nn.Module] = {}
     clipped = 0
-    for name, linear in targets.items():
-        key = id(linear.weight)
-        if key not in converted:
+    try:
+        for name, linear in targets.items():
+            key = id(linear.weight)
+            if key in converted:
+                continue
             clipped += rank > min(linear.weight.shape)
             if grad_mode == "full" and weight_bits is None:
-                setattr(linear, _MARK, {"rank": min(rank, *linear.weight.shape), "proj_type": proj_type})
                 converted[key] = linear
             else:
-                converted[key] = QGaLoreLinear.from_linear(
-                    linear,
-                    name,
-                    rank=rank,
-                    weight_bits=weight_bits,
-                    group_size=group_size,
-                    grad_mode=grad_mode,
-                    grad_dtype=grad_dtype,
-                    proj_type=proj_type,
-                )
-        _replace(model, name, converted[key])
+                converted[key] = QGaLoreLinear.from_linear(linear, name, rank=rank, **options)
+    except Exception:
+        for weight, trains in trained:
+            weight.requires_grad_(trains)
+        raise
+    for name, linear in targets.items():
+        new = converted[id(linear.weight)]
+        if new is linear:
+            setattr(linear, _MARK, {"rank": min(rank, *linear.weight.shape), "proj_type": proj_type})
+        _replace(model, name, new)
     if clipped:
         _log.warning("rank %d is larger than the shorter side of %d layers: clipped there", rank, clipped)
     return model
@@ -99,9 +104,13 @@ def _targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str,
     """The linear layers to convert by qualified name; one module may stand there under several names."""
     if isinstance(target_modules, str):
         head = _output_head(model)
-        pattern = None if target_modules == _ALL else re.compile(target_modules)
+        try:
+            pattern = None if target_modules == _ALL else re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules={target_modules!r} is not a regular expression: {error}") from None
     else:
-        if not target_modules or not all(isinstance(part, str) for part in target_modules):
+        given = isinstance(target_modules, Iterable) and bool(target_modules)
+        if not given or not all(isinstance(part, str) for part in target_modules):
             raise ValueError(f"target_modules must be a string or a list of strings, got {target_modules!r}")
         head, pattern = None, None
     if isinstance(model, nn.Linear):
@@ -113,7 +122,7 @@ def _targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str,
         if not isinstance(module, nn.Linear):
             continue
         if target_modules == _ALL:
-            wanted = module is not head and type(module) is nn.Linear
+            wanted = module is not head and (type(module) is nn.Linear or _is_computed(module))
         elif pattern is not None:
             wanted = pattern.fullmatch(name) is not None
         else:
@@ -126,13 +135,33 @@ def _targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str,
                 f"{name} cannot be converted: its parent {readers[parent]} reads .weight itself instead of calling the "
                 "layer; narrow target_modules"
             )
+        if _is_computed(module):
+            raise ValueError(
+                f"{name} cannot be converted: its weight or bias is computed from other tensors (weight_norm, prune or "
+                "a parametrization); remove that first"
+            )
         if type(module) is not nn.Linear:
             _log.info("%s is a %s, not an nn.Linear: left as it is", name, type(module).__name__)
             continue
+        _refuse_hooks(name, module)
         targets[name] = module
     if not targets:
         raise ValueError(f"target_modules={target_modules!r} matches no nn.Linear of the model")
     return targets
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether an nn.Linear has been given other parameters, from which weight or bias are computed."""
+    if is_parametrized(module):
+        return type(module).__mro__[1] is nn.Linear
+    return type(module) is nn.Linear and set(module._parameters) != {"weight", "bias"}
+
+
+def _refuse_hooks(name: str, module: nn.Module) -> None:
+    """Hooks of forward and backward are carried over; those of the state dict belong to the old entries."""
+    kinds = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    if any(getattr(module, kind) for kind in kinds):
+        raise ValueError(f"{name} cannot be converted: it has a state dict hook, which expects nn.Linear's entries")
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

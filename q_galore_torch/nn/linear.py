@@ -14,6 +14,10 @@ from q_galore_torch.nn.backward import LinearFunction
 from q_galore_torch.nn.leaf import ZeroLeaf, ZeroWeight
 from q_galore_torch.subspace import RIGHT, side_of
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
+    *("_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
 _GRAD_MODES = ("low_rank", "full")
 _GRAD_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,8 +55,9 @@ class QGaLoreLinear(nn.Module):
         ValueError: an option is out of range.
 
     Note:
-        The forward decodes W to x's dtype (autocast's under autocast), the backward once more. ``state_dict`` holds
-        codes, scales, zeros, ``group_size`` (or the float weight) and bias, never the leaf.
+        ``weight`` of a low-rank INT8 layer is a decoded copy: an in-place write to it changes nothing, use
+        ``set_weight``. The forward decodes W to x's dtype (autocast's under autocast), the backward once more.
+        ``state_dict`` holds codes, scales, zeros, ``group_size`` (or the float weight) and bias, never the leaf.
 
     Source: Q-GaLore (arXiv 2407.08296), section 3; the low-rank backward is this package's own.
     """
@@ -127,13 +132,16 @@ class QGaLoreLinear(nn.Module):
         layer._retie(weight.device)
         layer.leaf.requires_grad_(linear.weight.requires_grad)
         if layer.weight_bits is None:
-            linear.weight.requires_grad_(False)
             layer.register_parameter("weight", cast(nn.Parameter, linear.weight))
         else:
             for name, value in zip(("qweight", "scales", "zeros"), layer._quantise(weight), strict=True):
                 layer._buffers[name] = value
         layer._parameters["bias"] = linear.bias
         layer.train(linear.training)
+        for hooks in _HOOKS:
+            setattr(layer, hooks, getattr(linear, hooks))  # shared, so that their handles still remove them
+        if layer.weight_bits is None:
+            linear.weight.requires_grad_(False)
         return layer
 
     def _quantise(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,6 +179,13 @@ class QGaLoreLinear(nn.Module):
         if name == "weight" and self.__dict__.get("_leaf_name") == "coordinates" and self.weight_bits is not None:
             return self.dequantize()
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self.__dict__.get("_leaf_name") == "coordinates" and self.weight_bits is not None:
+            raise RuntimeError(
+                f"the INT8 weight of {self.label or 'a QGaLoreLinear'} cannot be assigned; use layer.set_weight(tensor)"
+            )
+        super().__setattr__(name, value)
 
     # ------------------------------------------------------------ leaf
 
