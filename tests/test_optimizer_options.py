@@ -191,3 +191,46 @@ def test_sparse_and_wrong_gradients_are_refused() -> None:
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="the gradient of table must be dense"):
         opt.step()
+
+
+def test_a_learning_rate_may_be_a_tensor_of_one_element() -> None:
+    ends = []
+    for lr, group_lr in ((0.25, 0.5), (torch.tensor(0.25), torch.tensor([0.5]))):
+        weights = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+        opt = qg.QGaLoreAdamW8bit([{"params": [weights[0]]}, {"params": [weights[1]], "lr": group_lr}], lr=lr)
+        assert opt.param_groups[0]["lr"] is lr or isinstance(lr, float)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        for _ in range(2):
+            for weight in weights:
+                weight.grad = torch.ones(4)
+            opt.step()
+            scheduler.step()
+        assert isinstance(opt.param_groups[1]["lr"], type(group_lr))
+        opt.load_state_dict(opt.state_dict())
+        ends.append(torch.stack([w.detach() for w in weights]))
+    assert torch.equal(*ends)
+    for bad in (torch.tensor([0.1, 0.2]), torch.tensor(-1.0), torch.tensor(True)):
+        with pytest.raises(ValueError, match="^lr must be a number >= 0, got "):
+            qg.QGaLoreAdamW8bit([matrix()], lr=bad)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(lr=-1.0), "lr must be a number >= 0, got -1.0"),
+        (dict(betas=(0.9, 2.0)), r"betas must be two numbers in \[0, 1\), got 2.0"),
+        (dict(eps=0.0), "eps must be a number > 0, got 0.0"),
+        (dict(weight_decay=float("nan")), "weight_decay must be a number >= 0, got nan"),
+        (dict(scale=float("inf")), "scale must be a finite number, got inf"),
+    ],
+)
+def test_a_setting_that_became_invalid_stops_the_step_before_any_write(change: dict[str, Any], message: str) -> None:
+    weights = [nn.Parameter(torch.ones(8, 8)) for _ in range(2)]
+    opt = qg.QGaLoreAdamW8bit([{"params": [weights[0]]}, {"params": [weights[1]], "rank": 2}])
+    for weight in weights:
+        weight.grad = torch.ones(8, 8)
+    opt.param_groups[1].update(change)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        opt.step()
+    assert all(torch.equal(w, torch.ones(8, 8)) for w in weights)
+    assert [s["step"] for s in opt.state.values()] == [0, 0]

@@ -317,3 +317,20 @@ def test_a_state_of_another_rank_or_kind_is_refused_and_nothing_is_loaded(make: 
     assert differences(before, opt.state_dict()) == [] and model[0].leaf.binding is binding
     model(torch.randn(2, 24)).sum().backward()
     opt.step()
+
+
+def test_a_low_rank_leaf_belongs_to_one_living_optimizer() -> None:
+    model, groups = leaf_model(4)
+    opt = qg.QGaLoreAdamW8bit(groups)
+    scheduler: Any = torch.optim.lr_scheduler.ConstantLR(opt)  # makes a cycle with the optimizer
+    binding = model[0].leaf.binding
+    with pytest.raises(ValueError, match="^0.coordinates belongs to another optimizer that still lives: delete that"):
+        qg.QGaLoreAdamW8bit(groups)
+    assert model[0].leaf.binding is binding
+    opt.load_state_dict(opt.state_dict())
+    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    twin_model, twin = copy.deepcopy((model, opt))
+    assert twin.param_groups[1]["params"][0] is twin_model[0].leaf
+    del opt, scheduler
+    new = qg.QGaLoreAdamW8bit(groups)
+    assert model[0].leaf.binding.codes is new.state[model[0].leaf]["proj_codes"]

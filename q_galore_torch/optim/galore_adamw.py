@@ -44,7 +44,7 @@ class QGaLoreAdamW8bit(Optimizer):
             quant_n_bit, quant_group_size``, ``subspace`` ("svd" for full gradients, "warm" for low-rank leaves; or
             "random"), ``lazy_rule`` ("fixed" or "upstream"), ``cos_threshold`` (0.4), ``gamma_proj`` (2),
             ``queue_size`` (5), ``moments`` ("keep").
-        lr: learning rate, default 1e-3.
+        lr: learning rate, default 1e-3; a number or a tensor of one element.
         betas: decay rates of the moments, default (0.9, 0.999).
         eps: added to the root of the second moment, default 1e-8.
         weight_decay: decoupled, applied to the weight before the update as in ``torch.optim.AdamW``; default 1e-2.
@@ -81,7 +81,7 @@ class QGaLoreAdamW8bit(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -144,6 +144,7 @@ class QGaLoreAdamW8bit(Optimizer):
             name = _name(group, index, position)
             target = target_of(parameter, name)
             refuse_parameter(parameter, target, group, name)
+            self._refuse_lent(parameter, name)
             if group["rank"] is not None:
                 clipped += group["rank"] > min(target.weight.shape)
             created[parameter] = new_state(
@@ -159,6 +160,10 @@ class QGaLoreAdamW8bit(Optimizer):
             _log.warning("rank %d is larger than the shorter side of %d matrices: clipped", group["rank"], clipped)
         return created
 
+    def _refuse_lent(self, parameter: Any, name: str) -> None:
+        if is_low_rank(parameter) and parameter.binding is not None and parameter.binding.lent_by_other(self):
+            raise ValueError(f"{name} belongs to another optimizer that still lives: delete that one first")
+
     def _plan_first_refreshes(self, parameters: list[Tensor]) -> None:
         """Spread the first data-driven bases of new low-rank leaves, so that few full gradients are summed at once."""
         new = [self.state[p] for p in parameters if is_low_rank(p) and "number" in self.state[p]]
@@ -171,7 +176,7 @@ class QGaLoreAdamW8bit(Optimizer):
             if is_low_rank(parameter):
                 if parameter.binding is not None:
                     parameter.binding.drop()
-                parameter.binding = Binding(self.state[parameter], group)
+                parameter.binding = Binding(self.state[parameter], group, self)
         self._mark_due()
 
     def _mark_due(self) -> None:
@@ -214,6 +219,7 @@ class QGaLoreAdamW8bit(Optimizer):
             The closure's loss, or None.
 
         Raises:
+            ValueError: a group's ``lr``, ``betas``, ``eps``, ``weight_decay`` or ``scale`` has become invalid.
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then.
             RuntimeError: something else wrote to the layers' zero leaves.
         """
@@ -221,6 +227,7 @@ class QGaLoreAdamW8bit(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        options.check_settings(self.param_groups)
         self._adopt()
         work, sizes = keep_finite(self._collect())
         for item, size in zip(work, sizes, strict=True):
@@ -336,6 +343,7 @@ class QGaLoreAdamW8bit(Optimizer):
                     raise ValueError(f"the state dict has no state for {name}")
                 if (own["rank"] is None) != (group["rank"] is None):
                     raise ValueError(f"the rank of {name} must be {own['rank']}, got {group['rank']} in the state dict")
+                options.check_settings([group])
                 entry, target = state_dict["state"][key], target_of(parameter, name)
                 refuse_parameter(parameter, target, group, name)
                 template = new_state(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 Check = Callable[[str, Any], Any]
 
@@ -33,7 +36,8 @@ def number(low: float, high: float, allowed: str, *, integer: bool = False, open
                 parsed = int(value) if integer else float(value)
             except ValueError:
                 raise _refuse(key, value, allowed) from None
-        if isinstance(parsed, bool) or not isinstance(parsed, (int, float)):
+        numeric = isinstance(parsed, Real) and not isinstance(parsed, bool)
+        if not numeric:
             raise _refuse(key, value, allowed)
         outside = not low <= parsed <= high  # NaN too
         at_open_end = ("low" in open_ends and parsed == low) or ("high" in open_ends and parsed == high)
@@ -82,6 +86,19 @@ def _listed(values: tuple[Any, ...]) -> str:
     return " or ".join(repr(v) for v in values)
 
 
+_rate = number(0.0, math.inf, "a number >= 0", open_ends="high")
+
+
+def _lr(key: str, value: Any) -> Any:
+    """A learning rate; a tensor of one element stays a tensor, as in torch.optim."""
+    if not isinstance(value, Tensor):
+        return _rate(key, value)
+    if value.numel() != 1 or value.is_complex():
+        raise _refuse(key, value, "a number >= 0")
+    _rate(key, value.item())
+    return value
+
+
 def _betas(key: str, value: Any) -> tuple[float, float]:
     allowed = "two numbers in [0, 1)"
     if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -108,7 +125,7 @@ _int32 = 2**31 - 1
 
 # Options of every group; the constructor gives their defaults.
 COMMON: dict[str, Option] = {
-    "lr": Option(1e-3, number(0.0, math.inf, "a number >= 0", open_ends="high")),
+    "lr": Option(1e-3, _lr),
     "betas": Option((0.9, 0.999), _betas),
     "eps": Option(1e-8, number(0.0, math.inf, "a number > 0", open_ends="low high")),
     "weight_decay": Option(1e-2, number(0.0, math.inf, "a number >= 0", open_ends="high")),
@@ -156,6 +173,7 @@ _UPSTREAM_QUANT: dict[str, Option] = {
     "quant_group_size": Option(256, number(1, _int32, "an integer >= 1", integer=True)),
 }
 _HPML = ("quantize_type", "quantize_blocksz", "proj_quantize_type", "proj_quantize_blocksz")
+_CHANGING = ("lr", "betas", "eps", "weight_decay")
 # Keys that torch, its schedulers and its users put into groups; they are passed through.
 _PASSED = {
     *("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr"),
@@ -209,6 +227,20 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
             raise ValueError(f"{key}={options[key]!r} needs a rank: it has no meaning in a group without one")
         return {**checked, "rank": None}
     return {**checked, **_check_projected(options)}
+
+
+def check_settings(groups: Sequence[dict[str, Any]]) -> None:
+    """Check what schedulers and users change between steps, in all groups before any of them is touched.
+
+    Raises:
+        ValueError: naming key, value and what is allowed.
+    """
+    checked = []
+    for group in groups:
+        keys = _CHANGING if group["rank"] is None else (*_CHANGING, "scale")
+        checked.append({key: {**COMMON, **PROJECTED}[key].check(key, group[key]) for key in keys})
+    for group, values in zip(groups, checked, strict=True):
+        group.update(values)
 
 
 def _refuse_unknown(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
