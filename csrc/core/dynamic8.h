@@ -7,7 +7,7 @@
  *
  * No search: within a decade entries are linear in A. With n = 9 A + 4.5 - 8 2^e the entry is n c, c = 10^(e - 7) / 2^e
  * (signed) or 10^(e - 8) / 2^e. n has at most 12 bits, so its product with a 12-bit `high` half of c is exact, and that
- * plus its product with the rest, `low`, rounds to the right float for every entry. The entry 1 has a decade of its own.
+ * plus its product with the rest, `low`, rounds to the right float for every entry. The entry 1 is a decade by itself.
  *
  * Tables have eight places: eight floats are one AVX2 register, and a look-up is one permutation.
  */
@@ -69,7 +69,8 @@ QG_TABLE qg_dynamic_map qg_dynamic_unsigned = {
     {1e-2 * (1 - .45 / 32), 1e-1 * (1 - .45 / 64), 1 - .45 / 128, 1,
      1e-6 * (1 - .45 / 2), 1e-5 * (1 - .45 / 4), 1e-4 * (1 - .45 / 8), 1e-3 * (1 - .45 / 16)},
     {1e3 * 32 / 9, 1e2 * 64 / 9, 1e1 * 128 / 9, 0, 1 / 3.875e-7, 1e6 * 4 / 9, 1e5 * 8 / 9, 1e4 * 16 / 9},
-    {256. / 9 - .5, 512. / 9 - .5, 1024. / 9 - .5, 255.9, 1.5 - 1.625e-7 / 3.875e-7, 32. / 9 - .5, 64. / 9 - .5, 128. / 9 - .5},
+    {256. / 9 - .5, 512. / 9 - .5, 1024. / 9 - .5, 255.9,
+     1.5 - 1.625e-7 / 3.875e-7, 32. / 9 - .5, 64. / 9 - .5, 128. / 9 - .5},
     1,
 };
 /* clang-format on */
@@ -136,8 +137,8 @@ QG_INLINE uint8_t qg_dynamic_keep_sign(uint8_t code, float value) {
     return (uint8_t)(code == 127 ? 127 + (value > 0) - (value < 0) : code);
 }
 
-/* A second moment that is not zero is not stored as zero: a first moment of the same element may have survived, and m over
- * the root of nothing is a step of any size. */
+/* A second moment that is not zero is not stored as zero: a first moment of the same element may have survived, and m
+ * over the root of nothing is a step of any size. */
 QG_INLINE uint8_t qg_dynamic_keep_positive(uint8_t code, float value) {
     return (uint8_t)(code + (code == 0 && value > 0));
 }
