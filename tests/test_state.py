@@ -319,18 +319,18 @@ def test_a_state_of_another_rank_or_kind_is_refused_and_nothing_is_loaded(make: 
     opt.step()
 
 
-def test_a_low_rank_leaf_belongs_to_one_living_optimizer() -> None:
+def test_a_low_rank_leaf_belongs_to_the_last_optimizer() -> None:
+    """R is of the last one's projector: an earlier optimizer refuses to step on it, and writes nothing."""
     model, groups = leaf_model(4)
-    opt = qg.QGaLoreAdamW8bit(groups)
-    scheduler: Any = torch.optim.lr_scheduler.ConstantLR(opt)  # makes a cycle with the optimizer
-    binding = model[0].leaf.binding
-    with pytest.raises(ValueError, match="^0.coordinates belongs to another optimizer that still lives: delete that"):
-        qg.QGaLoreAdamW8bit(groups)
-    assert model[0].leaf.binding is binding
-    opt.load_state_dict(opt.state_dict())
-    opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
-    twin_model, twin = copy.deepcopy((model, opt))
-    assert twin.param_groups[1]["params"][0] is twin_model[0].leaf
-    del opt, scheduler
-    new = qg.QGaLoreAdamW8bit(groups)
-    assert model[0].leaf.binding.codes is new.state[model[0].leaf]["proj_codes"]
+    old = qg.QGaLoreAdamW8bit(groups)
+    new = qg.QGaLoreAdamW8bit(groups, seed=5)
+    model(torch.randn(8, 24)).square().sum().backward()
+    before, codes = copy.deepcopy(old.state_dict()), model[0].qweight.clone()
+    with pytest.raises(RuntimeError, match="^0.coordinates was taken over by an optimizer made later"):
+        old.step()
+    assert torch.equal(model[0].qweight, codes) and differences(before, old.state_dict()) == []
+    new.step()
+    assert not torch.equal(model[0].qweight, codes)
+    old.load_state_dict(new.state_dict())  # takes the layer back
+    model(torch.randn(8, 24)).square().sum().backward()
+    old.step()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +24,7 @@ class Binding:
         stash: float32 [m, n], the sum over the micro-batches of the window, or None.
     """
 
-    def __init__(self, state: dict[str, Any], group: dict[str, Any], owner: Any) -> None:
-        self._owner = weakref.ref(owner)
+    def __init__(self, state: dict[str, Any], group: dict[str, Any]) -> None:
         self.codes, self.scales, self.zeros = state["proj_codes"], state["proj_scales"], state["proj_zeros"]
         self.dim, self.side = state["dim"], state["side"]
         self.proj_format, self.proj_block = group["proj_format"], group["proj_block"]
@@ -56,12 +53,9 @@ class Binding:
         else:
             self.stash.add_(gradient)
 
-    def lent_by_other(self, owner: Any) -> bool:
-        """Whether another optimizer than ``owner``, which still lives, has lent it."""
-        if self._owner() in (None, owner):
-            return False
-        gc.collect()  # a scheduler's wrapped step makes an optimizer part of a cycle
-        return self._owner() is not None
+    def lends(self, state: dict[str, Any]) -> bool:
+        """Whether it is this state's projector that the layer has: an optimizer made later takes the layer over."""
+        return self.codes is state["proj_codes"]
 
     def forget_if_zeroed(self, leaf: ZeroLeaf) -> None:
         """Forget the stash if the leaf's accumulated gradient was removed or zeroed since."""

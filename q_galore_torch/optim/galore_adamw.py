@@ -144,7 +144,6 @@ class QGaLoreAdamW8bit(Optimizer):
             name = _name(group, index, position)
             target = target_of(parameter, name)
             refuse_parameter(parameter, target, group, name)
-            self._refuse_lent(parameter, name)
             if group["rank"] is not None:
                 clipped += group["rank"] > min(target.weight.shape)
             created[parameter] = new_state(
@@ -160,10 +159,6 @@ class QGaLoreAdamW8bit(Optimizer):
             _log.warning("rank %d is larger than the shorter side of %d matrices: clipped", group["rank"], clipped)
         return created
 
-    def _refuse_lent(self, parameter: Any, name: str) -> None:
-        if is_low_rank(parameter) and parameter.binding is not None and parameter.binding.lent_by_other(self):
-            raise ValueError(f"{name} belongs to another optimizer that still lives: delete that one first")
-
     def _plan_first_refreshes(self, parameters: list[Tensor]) -> None:
         """Spread the first data-driven bases of new low-rank leaves, so that few full gradients are summed at once."""
         new = [self.state[p] for p in parameters if is_low_rank(p) and "number" in self.state[p]]
@@ -176,7 +171,7 @@ class QGaLoreAdamW8bit(Optimizer):
             if is_low_rank(parameter):
                 if parameter.binding is not None:
                     parameter.binding.drop()
-                parameter.binding = Binding(self.state[parameter], group, self)
+                parameter.binding = Binding(self.state[parameter], group)
         self._mark_due()
 
     def _mark_due(self) -> None:
@@ -247,6 +242,10 @@ class QGaLoreAdamW8bit(Optimizer):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
+            if is_low_rank(parameter) and not (parameter.binding is not None and parameter.binding.lends(state)):
+                raise RuntimeError(
+                    f"{name} was taken over by an optimizer made later, and its gradient is of that one's projector"
+                )
             shapes = projection_of(state) if group["rank"] is not None else None
             gradient = checked_gradient(parameter, name)
             work.append(Work(parameter, name, group, state, target_of(parameter, name), gradient, shapes))
