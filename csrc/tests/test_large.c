@@ -73,6 +73,47 @@ static void test_weight_update(qg_format format) {
         munmap(zeros, (size_t)groups * 2);
 }
 
+/* Stochastic rounding across element 2^33, where the upper half of the element's number changes inside a group. */
+static void test_across(qg_format format) {
+    enum { GROUP = 100, COUNT = 7 * GROUP };
+    int64_t groups = HUGE_COUNT / GROUP + 1, first = ((INT64_C(1) << 33) / GROUP - 3) * GROUP;
+    size_t element = ref_size(format);
+    uint8_t *data = reserve((size_t)HUGE_COUNT * element), start[COUNT * 2], want[COUNT * 2];
+    float *scales = reserve((size_t)groups * 4), u[COUNT];
+    int16_t *zeros = reserve((size_t)groups * 2);
+    int64_t stats[2] = {0, 0};
+    for (int simd = 0; simd < LEVELS && data != NULL && scales != NULL && zeros != NULL; simd++) {
+        uint8_t *tile = data + first * (int64_t)element;
+        qg_update_coefficients c = {.keep = 0.999f, .decay = 0.001f, .rate = 1.0f, .stochastic = 1};
+        qg_noise_stream stream = {1, 2, 3};
+        qg_weight huge = {data, scales, zeros, 1, HUGE_COUNT, GROUP, format};
+        for (int i = 0; i < COUNT; i++) {
+            u[i] = (float)(0.05 * random_normal());
+            if (format == QG_INT8)
+                start[i] = (uint8_t)(20 + random_below(216));
+            else
+                ref_store(format, start, i, (float)random_normal());
+            scales[first / GROUP + i / GROUP] = 0.05f;
+            zeros[first / GROUP + i / GROUP] = 128;
+        }
+        if (level(simd) == NULL)
+            continue;
+        memcpy(tile, start, COUNT * element);
+        ref_update(&huge, first, COUNT, u, &c, &stream, stats);
+        memcpy(want, tile, COUNT * element);
+        memcpy(tile, start, COUNT * element);
+        level(simd)->update(&huge, first, COUNT, u, QG_FLOAT32, &c, &stream, NULL);
+        CHECK(stats[0] + stats[1] == 0, "a group left its range");
+        CHECK_BYTES(tile, want, COUNT * element, "across element 2^33, format %d, level %d", format, simd);
+    }
+    if (data != NULL)
+        munmap(data, (size_t)HUGE_COUNT * element);
+    if (scales != NULL)
+        munmap(scales, (size_t)groups * 4);
+    if (zeros != NULL)
+        munmap(zeros, (size_t)groups * 2);
+}
+
 /* The last vectors of a basis with more than 2^33 elements. */
 static void test_projector(qg_format format) {
     int64_t rank = 100003, dim = 99991,
@@ -186,6 +227,8 @@ int main(void) {
     test_weight_update(QG_BFLOAT16);
     test_weight_update(QG_FLOAT16);
     test_weight_update(QG_FLOAT32);
+    test_across(QG_INT8);
+    test_across(QG_BFLOAT16);
     test_projector(QG_INT4);
     test_projector(QG_INT8);
     test_projector(QG_FLOAT32);

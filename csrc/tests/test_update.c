@@ -213,13 +213,18 @@ static void test_bfloat16_unbiased(void) {
         }
         CHECK(fabs(up - n * part) < 5.0 * sqrt(n * part * (1.0 - part)), "share %g: %g of %g go up", share, up, n);
     }
-    for (int i = 0; i < COUNT; i++) {
-        weights[i] = i % 2 ? 0x7F7F : 0xFF7F;
-        u[i] = i % 2 ? -1e36f : 1e36f; /* most of the way to infinity, finite in float32 */
+    for (int simd = 0; simd < LEVELS; simd++) {
+        for (int i = 0; i < COUNT; i++) {
+            weights[i] = i % 2 ? 0x7F7F : 0xFF7F;
+            u[i] = i % 2 ? -1e36f : 1e36f; /* most of the way to infinity, finite in float32 */
+        }
+        if (level(simd) == NULL)
+            continue;
+        level(simd)->update(&weight, 0, COUNT, u, QG_FLOAT32, &coefficients, &(qg_noise_stream){1, 1, 1}, NULL);
+        for (int i = 0; i < COUNT; i++)
+            CHECK(
+                weights[i] == (i % 2 ? 0x7F7F : 0xFF7F), "the largest bfloat16 became %x, level %d", weights[i], simd);
     }
-    level(QG_SIMD_SCALAR)->update(&weight, 0, COUNT, u, QG_FLOAT32, &coefficients, &(qg_noise_stream){1, 1, 1}, NULL);
-    for (int i = 0; i < COUNT; i++)
-        CHECK((weights[i] | 0x8000) == 0xFF7F, "the largest bfloat16 became %x", weights[i]);
 }
 
 int main(void) {
