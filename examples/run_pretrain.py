@@ -51,7 +51,12 @@ from pretrain.schedules import make_scheduler
 from pretrain.stopping import StopRequest
 
 # Written into every checkpoint: a run can only be continued with the same values.
-IDENTITY = ("seed", "dtype", "max_length", "tokenizer", "optimizer", "rank", "proj_type", "weight_quant", "proj_quant")
+IDENTITY = (
+    "seed", "dtype", "max_length", "tokenizer", "batch_size", "gradient_accumulation", "grad_clipping", "optimizer",
+    "lr", "scheduler", "min_lr_ratio", "warmup_steps", "weight_decay", "beta1", "beta2", "rank", "update_proj_gap",
+    "galore_scale", "proj_type", "proj_quant", "proj_bits", "proj_group_size", "weight_quant", "weight_bits",
+    "weight_group_size", "stochastic_round", "cos_threshold", "gamma_proj", "queue_size",
+)  # fmt: skip
 
 # A CPU gains nothing from more tokens at once, but the activations of 65,536 of them take 40 GB in a LLaMA-130M. The
 # gradients of the parts add up to that of the micro-batch.
@@ -128,6 +133,8 @@ class Trainer:
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""
         args = self.args
+        if args.continue_from is None and any(self.folder.glob("model_*")):
+            raise UsageError(f"--save_dir {self.folder} holds an earlier run: give --continue_from or another folder")
         wandb = start_wandb(args.unset_wandb, args.project, args.name, vars_for_log(args))
         try:
             self.log = RunLog(self.folder, args.num_training_steps, self.step, wandb)

@@ -195,6 +195,8 @@ def test_checkpoint_is_plain_and_complete(tmp_path: Path) -> None:
         ({"seed": 1}, "was made with another seed: 0 there, 1 here"),
         ({"optimizer": "sgd"}, "was made with another optimizer: 'adamw' there, 'sgd' here"),
         ({"max_length": 16}, "was made with another max_length: 32 there, 16 here"),
+        ({"lr": 0.5}, "was made with another lr: "),
+        ({"weight_group_size": 200}, "was made with another weight_group_size: 256 there, 200 here"),
         ({"num_training_steps": 3}, "has all 3 updates of --num_training_steps already"),
         ({"data": ["text", str(ROOT / "examples")]}, "was made with another data"),
     ],
@@ -208,6 +210,14 @@ def test_checkpoint_of_another_run_is_refused(
     assert run_pretrain.main(tiny_flags(tmp_path, **flags)) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1 and not (tmp_path / "second").exists()
+
+
+def test_the_folder_of_an_earlier_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, num_training_steps=3)
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    assert run_pretrain.main(tiny_flags(tmp_path, num_training_steps=2)) == 2
+    assert "holds an earlier run: give --continue_from or another folder" in capsys.readouterr().err
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log
 
 
 @pytest.mark.parametrize("file", ["model.pt", "training_state.pt"])

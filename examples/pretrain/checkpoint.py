@@ -79,7 +79,7 @@ def load_training_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, 
         identity: What must not change between the parts of a run: model, data, optimizer, seed.
     """
     state = _read(folder / "training_state.pt")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or state.get("format") != FORMAT or "identity" not in state:
         raise UsageError(f"{folder} is no checkpoint of this script")
     for name, value in identity.items():
         if state["identity"].get(name) != value:
@@ -93,7 +93,7 @@ def load_model(folder: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(_read(folder / "model.pt"))
     except RuntimeError as error:
-        raise UsageError(f"{folder} does not fit the model: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{folder} does not fit the model: {' '.join(str(error).split())}") from None
 
 
 def _read(path: Path) -> Any:
@@ -102,7 +102,7 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # torch raises many types for a damaged file
-        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{path} is damaged ({type(error).__name__})") from None
 
 
 def random_state() -> dict[str, Any]:
