@@ -37,6 +37,10 @@ static void random_weight(const arrays *w, int64_t group) {
             lo = 4;
             hi = 251;
         }
+        if (kind == 6) { /* about half a full range: on the edge of getting a narrower one */
+            lo = (int)random_below(128);
+            hi = lo + 121 + (int)random_below(6);
+        }
         if (kind == 7)
             hi = lo;
         w->zeros[g] = random_bits() % 3 == 0 ? zeros[random_bits() % 10] : (int16_t)random_uniform(-300, 500);
