@@ -12,7 +12,6 @@ static qg_status check_backend(const qg_backend *backend) {
                            : qg_fail(QG_INVALID_ARGUMENT, "backend: expected a table of kernels, got NULL");
 }
 
-/* Two sizes whose product is a number of elements that 64-bit byte offsets can address. */
 static qg_status check_pointer(const char *what, const void *pointer) {
     return pointer != NULL ? QG_SUCCESS : qg_fail(QG_INVALID_ARGUMENT, "%s: expected an array, got NULL", what);
 }
