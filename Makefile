@@ -37,6 +37,9 @@ help:
 	@echo "make clean      remove what was built;   make distclean removes .venv too"
 	@echo "Variables: PYTHON=$(PYTHON) TORCH=$(TORCH) PYTEST_ARGS=$(PYTEST_ARGS)"
 
+# OpenMP threads that wait by spinning make everything several times slower on a machine with other work.
+demo pytest ctest sanitize: export OMP_WAIT_POLICY ?= passive
+
 # A warning of a compiler newer than ours must not stop the demo.
 demo: export Q_GALORE_WERROR ?= 0
 demo: $(STAMPS)/plot $(STAMPS)/built
