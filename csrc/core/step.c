@@ -4,9 +4,9 @@
  *   galore  W <- W (1 - lr wd) - lr scale U            N = Adam(R), R = P G^T (right) or P G (left), or given
  *                                                      U = N^T P (right) or P^T N (left)
  *
- * Memory is kept to about one byte a weight at r = min(m, n) / 4 by tiling over rows of W. On the right a tile of W needs only its own columns
- * of R, so R and N exist one tile at a time beside the decoded basis. On the left every tile needs all of N, but only its
- * own columns of P, so the basis is decoded piece by piece.
+ * Memory is kept to about one byte a weight at r = min(m, n) / 4 by tiling over rows of W. On the right a tile of W needs
+ * only its own columns of R, so R and N exist one tile at a time beside the decoded basis. On the left every tile needs
+ * all of N, but only its own columns of P, so the basis is decoded piece by piece.
  */
 #include <math.h>
 #include <stdint.h>
