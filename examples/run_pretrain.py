@@ -133,8 +133,6 @@ class Trainer:
     def run(self) -> int:
         """Train to the end or until asked to stop; returns the exit code."""
         args = self.args
-        if args.continue_from is None and any(self.folder.glob("model_*")):
-            raise UsageError(f"--save_dir {self.folder} holds an earlier run: give --continue_from or another folder")
         wandb = start_wandb(args.unset_wandb, args.project, args.name, vars_for_log(args))
         try:
             self.log = RunLog(self.folder, args.num_training_steps, self.step, wandb)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -17,6 +22,15 @@ TINY = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "max_sequence_length": 128,
+}
+Q_GALORE: dict[str, Any] = {
+    "optimizer": "q_galore_adamw8bit",
+    "weight_quant": True,
+    "proj_quant": True,
+    "stochastic_round": True,
+    "rank": 16,
+    "update_proj_gap": 3,
+    "galore_scale": 0.25,
 }
 WORDS = "the a rank weight step moves learns small large matrix gradient slowly quickly and then into over".split()
 
@@ -90,3 +104,19 @@ def records(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
 def losses(rows: list[dict[str, Any]], kind: str = "train") -> dict[int, float]:
     """Step -> loss of the records of one kind."""
     return {row["step"]: row["loss"] for row in rows if row["kind"] == kind}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices of 64 x 128 gain nothing from a second thread, and wait for it where other tests run beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def environment(threads: int = 1) -> dict[str, str]:
+    """The package of this checkout, whether it is installed or only built in place; wandb kept offline."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    fixed = {"PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "disabled", "OMP_NUM_THREADS": str(threads)}
+    return {**os.environ, **fixed}

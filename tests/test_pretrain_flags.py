@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,6 +104,26 @@ def test_accumulation_is_derived(config: str, given: list[str], expected: tuple[
 def test_max_train_tokens_sets_the_number_of_updates(config: str, tokens: str, steps: int) -> None:
     args = parse_flags(flags(config, "--max_length", "32", "--max_train_tokens", tokens))
     assert args.num_training_steps == steps
+
+
+SCRIPTS = sorted((EXAMPLES / "scripts" / "pretrain_c4").glob("*.sh"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_give_flags_that_are_accepted(tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torchrun that prints its arguments stands in for the real one."""
+    fake = tmp_path / "torchrun"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "TOKENIZER": "folder"}
+    done = subprocess.run(["sh", str(script), "--seed", "5"], env=environment, capture_output=True, text=True)
+    printed = done.stdout.splitlines()
+    assert printed[:4] == ["--standalone", "--nproc_per_node", "1", "run_pretrain.py"], done.stderr
+    monkeypatch.chdir(EXAMPLES)
+    args = parse_flags(printed[4:])
+    assert (args.data_kind, args.tokenizer, args.seed, args.total_batch_size) == ("c4", "folder", 5, 512)
+    assert Path(args.model_config).stem == script.stem and args.weight_quant and args.dtype == "bfloat16"
 
 
 def test_demo_is_a_preset_that_flags_override() -> None:

@@ -139,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval_tokens", type=int, default=10_000_000, help="held-out tokens used at most (default 10M); 0: all")
     add("--eval_at_start", action="store_true", help="evaluate before the first update too")
     add("--save_every", type=int, default=10000, help="updates between two checkpoints (default 10000)")
-    add("--save_dir", help="folder of the run; default: checkpoints/NAME-TIME")
+    add("--save_dir", help="folder of the run; default: checkpoints/NAME-TIME, or that of --continue_from")
     add("--continue_from", help="a checkpoint, or the folder of a run, whose last checkpoint is taken")
     add("--name", help="name of the run; default: the config's")
     add("--project", default="q-galore", help="project in wandb")
@@ -181,13 +181,24 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if not Path(args.model_config).is_file():
         raise UsageError(f"there is no model config {args.model_config}")
     args.name = args.name or Path(args.model_config).stem
-    if args.continue_from is not None and not Path(args.continue_from).is_dir():
-        raise UsageError(f"there is no checkpoint {args.continue_from}")
-    if args.save_dir is None:
+    args.save_dir = _run_folder(args)
+    return args
+
+
+def _run_folder(args: argparse.Namespace) -> str:
+    """--save_dir; by default the folder of the run that is continued, or a new one named after the run and the time."""
+    if args.continue_from is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         folder = re.sub(r"[^\w.-]+", "-", args.name)
-        args.save_dir = os.path.join("checkpoints", f"{folder}-{stamp}")
-    return args
+        chosen = args.save_dir or os.path.join("checkpoints", f"{folder}-{stamp}")
+        if any(Path(chosen).glob("model_*")):
+            raise UsageError(f"--save_dir {chosen} holds an earlier run: give --continue_from or another folder")
+        return chosen
+    checkpoint = Path(args.continue_from)
+    if not checkpoint.is_dir():
+        raise UsageError(f"there is no checkpoint {args.continue_from}")
+    is_run = not (checkpoint / "training_state.pt").is_file()
+    return args.save_dir or str(checkpoint if is_run else checkpoint.resolve().parent)
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
