@@ -15,7 +15,7 @@ from . import _C
 
 SIMD_LEVELS = ("scalar", "avx2", "avx512")
 PROJ_FORMATS = {"float32": 0, "int8": 16, "int4": 17}
-RIGHT, LEFT = 0, 1
+RIGHT, LEFT, FULL = 0, 1, 2
 
 FLOAT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _COMPUTE = {"float32": 0, "bfloat16": 1}

@@ -17,8 +17,10 @@ from torch import Tensor
 
 _log = logging.getLogger(__name__)
 
-RIGHT, LEFT = 0, 1
+RIGHT, LEFT, FULL = 0, 1, 2
 EXACT_SVD_LIMIT = 1024  # above it the first basis of a plain parameter comes from a randomised range finder
+PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
+_FIXED_SIDES = {"right": RIGHT, "left": LEFT, "full": FULL}
 COLD_STEPS = 3  # power steps from a random basis
 _PASSES = 6
 _CLOSE = 1e-5
@@ -39,10 +41,16 @@ class Basis(NamedTuple):
 
 
 def side_of(proj_type: str, rows: int, cols: int) -> int:
-    """The projected side of a rows x cols weight: ``std`` projects the shorter one (the right one of a square)."""
-    if proj_type != "std":
-        raise ValueError(f"proj_type must be 'std', got {proj_type!r}")
-    return RIGHT if rows >= cols else LEFT
+    """The projected side of a rows x cols weight.
+
+    ``std`` projects the shorter side (the right one of a square), ``reverse_std`` the other one, ``right`` and ``left``
+    the one they name, ``full`` both.
+    """
+    if proj_type not in PROJ_TYPES:
+        raise ValueError(f"proj_type must be one of {', '.join(PROJ_TYPES)}, got {proj_type!r}")
+    if proj_type in _FIXED_SIDES:
+        return _FIXED_SIDES[proj_type]
+    return RIGHT if (rows >= cols) == (proj_type == "std") else LEFT
 
 
 def oriented(matrix: Tensor, side: int) -> Tensor:
