@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -34,10 +35,14 @@ class Basis(NamedTuple):
     Attributes:
         vectors: float32 [r, d], orthonormal rows.
         fallbacks: how often Cholesky gave up and Householder QR took over.
+        energy: the share of the gradient's energy that it captures, NaN where it was not made from one.
+        power_steps: block power steps taken.
     """
 
     vectors: Tensor
-    fallbacks: int
+    fallbacks: int = 0
+    energy: float = math.nan
+    power_steps: int = 0
 
 
 def side_of(proj_type: str, rows: int, cols: int) -> int:
@@ -51,6 +56,17 @@ def side_of(proj_type: str, rows: int, cols: int) -> int:
     if proj_type in _FIXED_SIDES:
         return _FIXED_SIDES[proj_type]
     return RIGHT if (rows >= cols) == (proj_type == "std") else LEFT
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The rows and columns as which a weight of two or more dimensions is projected.
+
+    The dimensions are cut in two where the shorter side comes out longest (at the first such place), so that a
+    convolution [out, in, h, w] is out x (in h w) and stacked experts [E, out, in] are (E out) x in. The matrix is the
+    row-major array itself, so the way back is exact.
+    """
+    cuts = [(math.prod(shape[:i]), math.prod(shape[i:])) for i in range(1, len(shape))]
+    return max(cuts, key=min)  # max keeps the first of equals
 
 
 def oriented(matrix: Tensor, side: int) -> Tensor:
@@ -128,24 +144,32 @@ def random_basis(rank: int, dim: int, seed: int, id: int, draw: int = 0) -> Basi
     return Basis(vectors.t().float().contiguous(), int(fallback))
 
 
-def svd_basis(gradient: Tensor, rank: int) -> Tensor | None:
-    """The leading right singular vectors, with LAPACK's signs.
+def svd_basis(gradient: Tensor, side: int, rank: int) -> Basis | None:
+    """The leading singular vectors of one side, with LAPACK's signs.
 
     Args:
-        gradient: oriented gradient [k, d], any float dtype, finite and not all zero.
-        rank: number of vectors, at most min(k, d).
+        gradient: [m, n], any float dtype, finite and not all zero.
+        side: right or left.
+        rank: number of vectors, at most min(m, n).
 
     Returns:
-        float32 [rank, d], or None where LAPACK did not converge.
+        The basis, or None where LAPACK did not converge.
     """
-    matrix = gradient.float()
+    matrix = oriented(gradient, side).float()
     scale = _power_of_two_below(matrix)
     try:
-        vectors = torch.linalg.svd(matrix * scale if scale != 1.0 else matrix, full_matrices=False).Vh
+        _, values, vectors = torch.linalg.svd(matrix * scale if scale != 1.0 else matrix, full_matrices=False)
     except torch.linalg.LinAlgError as error:
         _log.warning("the SVD of a %s gradient failed, the old basis stays: %s", list(gradient.shape), error)
         return None
-    return vectors[:rank].contiguous()
+    values = values.double().square()
+    return Basis(vectors[:rank].contiguous(), energy=(values[:rank].sum() / values.sum()).item())
+
+
+def refresh_basis(gradient: Tensor, side: int, old: Tensor, steps: int | None, compute_dtype: str) -> Basis | None:
+    found = power_basis(oriented(gradient, side), old, steps, getattr(torch, compute_dtype))
+    right, left = (found.vectors, None) if side == RIGHT else (None, found.vectors)
+    return found._replace(energy=captured_energy(gradient, right, left))
 
 
 def power_basis(
@@ -190,27 +214,28 @@ def power_basis(
     return Basis(y.t().contiguous(), fallbacks)
 
 
-def cold_basis(gradient: Tensor, rank: int, seed: int, id: int, gemm_dtype: torch.dtype | None = None) -> Basis | None:
+def cold_basis(gradient: Tensor, side: int, rank: int, seed: int, id: int, compute_dtype: str) -> Basis | None:
     """The first basis of a parameter with a full gradient: exact SVD up to 1024, else a randomised range finder.
 
     Each vector's largest entry is positive.
 
     Args:
-        gradient: oriented gradient [k, d], finite and not all zero.
-        rank: number of vectors, at most min(k, d).
+        gradient: [m, n], finite and not all zero.
+        side: right or left.
+        rank: number of vectors, at most min(m, n).
         seed: the optimizer's seed.
         id: the parameter's id.
-        gemm_dtype: dtype of the range finder's products with the gradient, default float32.
+        compute_dtype: ``"float32"`` or ``"bfloat16"``, of the range finder's products with the gradient.
 
     Returns:
         The basis, or None where LAPACK did not converge.
     """
     if min(gradient.shape) <= EXACT_SVD_LIMIT:
-        vectors = svd_basis(gradient, rank)
-        return None if vectors is None else Basis(canonical_signs(vectors), 0)
-    start = random_basis(rank, gradient.shape[1], seed, id)
-    found = power_basis(gradient, start.vectors.to(gradient.device), COLD_STEPS, gemm_dtype)
-    return Basis(canonical_signs(found.vectors), found.fallbacks + start.fallbacks)
+        found = svd_basis(gradient, side, rank)
+        return None if found is None else found._replace(vectors=canonical_signs(found.vectors))
+    start = random_basis(rank, gradient.shape[1 if side == RIGHT else 0], seed, id)
+    found = refresh_basis(gradient, side, start.vectors.to(gradient.device), COLD_STEPS, compute_dtype)
+    return None if found is None else found._replace(vectors=canonical_signs(found.vectors))
 
 
 def canonical_signs(vectors: Tensor) -> Tensor:
@@ -224,21 +249,25 @@ def matching_signs(vectors: Tensor, old: Tensor) -> Tensor:
     return vectors * torch.where((vectors * old).sum(dim=1, keepdim=True) < 0, -1.0, 1.0)
 
 
-def captured_energy(gradient: Tensor, basis: Tensor) -> float:
-    """``||G Q^T||^2 / ||G||^2`` with Q an orthonormal basis of the rows of ``basis``.
+def captured_energy(gradient: Tensor, right: Tensor | None, left: Tensor | None) -> float:
+    """``||Q_L G Q_R^T||^2 / ||G||^2`` with Q orthonormal bases of the rows of ``right`` and ``left``.
 
     Args:
-        gradient: oriented gradient [k, d].
-        basis: [r, d], decoded; it need not be exactly orthonormal.
+        gradient: [m, n].
+        right: [r, n] decoded, it need not be exactly orthonormal; None: not projected on that side.
+        left: [r, m] or None.
 
     Returns:
         The share in [0, 1], 0 for a zero gradient.
     """
     matrix = gradient.float()
     matrix = matrix * _power_of_two_below(matrix)
-    q, _ = orthonormalise(basis.float().t())
     total = matrix.square().sum(dtype=torch.float64).item()
-    return (matrix @ q).square().sum(dtype=torch.float64).item() / total if total else 0.0
+    if right is not None:
+        matrix = matrix @ orthonormalise(right.float().t())[0]
+    if left is not None:
+        matrix = orthonormalise(left.float().t())[0].t() @ matrix
+    return matrix.square().sum(dtype=torch.float64).item() / total if total else 0.0
 
 
 # ---------------------------------------------------------------- schedule

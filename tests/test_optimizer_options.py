@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import q_galore_torch as qg
+from q_galore_torch.optim import options
 
 
 def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -35,7 +36,11 @@ def test_defaults() -> None:
         proj_type="std",
         proj_format="int4",
         proj_block=256,
-        lazy_rule="fixed",
+        subspace="warm",
+        lazy_rule="energy",
+        energy_threshold=0.85,
+        max_proj_gap=None,
+        norm_growth_limit=None,
         cos_threshold=0.4,
         gamma_proj=2.0,
         queue_size=5,
@@ -74,6 +79,17 @@ def test_numbers_given_as_strings_are_parsed() -> None:
     assert (group["lr"], group["scale"], group["update_proj_gap"], group["gamma_proj"]) == (0.01, 1.0, 50, 3.0)
     assert group["stochastic_round"] is False
     assert projected(rank="8")["rank"] == 8
+    assert projected(max_proj_gap="800", norm_growth_limit="1.01")["max_proj_gap"] == 800
+
+
+def test_cos_threshold_is_accepted_and_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:
+    options._warn_once.cache_clear()
+    for _ in range(3):
+        projected(cos_threshold=0.3)
+    assert caplog.text.count("cos_threshold acts only under lazy_rule='upstream'") == 1
+    projected(cos_threshold=0.3, lazy_rule="upstream")
+    projected()
+    assert caplog.text.count("cos_threshold") == 1
 
 
 def test_group_values_override_the_constructor_s() -> None:
@@ -120,9 +136,7 @@ BAD_GROUP = [
     (dict(rank=2.5), "rank must be an integer >= 1, got 2.5"),
     (dict(update_proj_gap=0), "update_proj_gap must be an integer >= 1, got 0"),
     (dict(scale=float("inf")), "scale must be a finite number, got inf"),
-    (dict(proj_type="up"), "proj_type must be 'std', got 'up'"),
-    (dict(proj_type="full"), "proj_type='full' is not implemented yet; allowed: 'std'"),
-    (dict(proj_type="reverse_std"), "proj_type='reverse_std' is not implemented yet; allowed: 'std'"),
+    (dict(proj_type="up"), "proj_type must be 'std' or 'reverse_std' or 'right' or 'left' or 'full', got 'up'"),
     (dict(proj_format="int2"), "proj_format must be 'float32' or 'int8' or 'int4', got 'int2'"),
     (dict(proj_format="nf4"), "proj_format='nf4' is not implemented yet; allowed: .*"),
     (dict(proj_block=0), "proj_block must be an integer >= 1, got 0"),
@@ -131,12 +145,14 @@ BAD_GROUP = [
     (dict(quant_group_size=-1), "quant_group_size must be an integer >= 1, got -1"),
     (dict(quantize_type="4bit"), "quantize_type asks for a floating-point projector format.*"),
     (dict(subspace="qr"), "subspace must be 'warm' or 'svd' or 'random', got 'qr'"),
-    (dict(lazy_rule="energy"), "lazy_rule='energy' is not implemented yet; allowed: 'fixed' or 'upstream'"),
-    (dict(lazy_rule="cosine"), "lazy_rule must be 'fixed' or 'upstream', got 'cosine'"),
-    (dict(energy_threshold=0.9), "energy_threshold=0.9 is not supported .*; allowed: None"),
-    (dict(max_proj_gap=800), "max_proj_gap=800 is not supported .*; allowed: None"),
-    (dict(norm_growth_limit=1.01), "norm_growth_limit=1.01 is not supported .*; allowed: None"),
-    (dict(moments="rotate"), "moments='rotate' is not implemented yet; allowed: 'keep'"),
+    (dict(lazy_rule="cosine"), "lazy_rule must be 'energy' or 'upstream' or 'fixed', got 'cosine'"),
+    (dict(energy_threshold=0), r"energy_threshold must be a number in \(0, 1\], got 0"),
+    (dict(energy_threshold=1.5), r"energy_threshold must be a number in \(0, 1\], got 1.5"),
+    (dict(max_proj_gap=0), "max_proj_gap must be an integer >= 1 or None, got 0"),
+    (dict(max_proj_gap=100), "max_proj_gap must be at least update_proj_gap=200, or None for 16 times that, got 100"),
+    (dict(norm_growth_limit=0.99), "norm_growth_limit must be a number >= 1 or None, got 0.99"),
+    (dict(norm_growth_limit=float("inf")), "norm_growth_limit must be a number >= 1 or None, got inf"),
+    (dict(moments="turn"), "moments must be 'keep' or 'rotate' or 'reset', got 'turn'"),
     (dict(cos_threshold=1.5), r"cos_threshold must be a number in \[-1, 1\], got 1.5"),
     (dict(gamma_proj=0.5), "gamma_proj must be a number >= 1, got 0.5"),
     (dict(queue_size=0), "queue_size must be an integer >= 1, got 0"),
@@ -159,8 +175,7 @@ def test_projection_options_need_a_rank() -> None:
 @pytest.mark.parametrize(
     ("parameter", "rank", "message"),
     [
-        (matrix(8), 4, "group 0 .* has 1 dimensions; a group with a rank takes matrices only"),
-        (matrix(4, 3, 2, 2), 4, "group 0 .* has 4 dimensions"),
+        (matrix(8), 4, r"group 0 .* has shape \[8\]; a group with a rank takes two or more dimensions"),
         (matrix(0, 4), 4, "is empty and cannot be projected"),
         (matrix(8, 4, dtype=torch.float64), 4, "must be float32, bfloat16 or float16, got torch.float64"),
         (matrix(8, dtype=torch.complex64), None, "must be float32, bfloat16 or float16, got torch.complex64"),

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import q_galore_torch as qg
 from galore_reference import decoded_basis, low_rank_stream
+from q_galore_torch.optim import schedule
 from q_galore_torch.subspace import next_phase_step, stagger_phase
 
 
@@ -58,10 +59,11 @@ def test_low_rank_leaves_are_spread_from_the_start_and_then_follow_their_phases(
     opt = qg.QGaLoreAdamW8bit(qg.param_groups(model, update_proj_gap=gap))
     leaves, seen = [layer.leaf for layer in model], collections.defaultdict(list)
     for step in range(70):
-        due = [index for index, leaf in enumerate(leaves) if leaf.binding.due]
+        wanted = [index for index, leaf in enumerate(leaves) if leaf.binding.due]
+        due = [index for index in wanted if not schedule.is_pending(opt.state[leaves[index]])]
         assert len(due) <= 8
         model(torch.randn(5, 12)).square().sum().backward()
-        assert [i for i, leaf in enumerate(leaves) if leaf.binding.stash is not None] == due
+        assert [i for i, leaf in enumerate(leaves) if leaf.binding.stash is not None] == wanted
         before = refreshes(opt)
         opt.step()
         opt.zero_grad()
@@ -164,7 +166,7 @@ def test_lazy_rule_upstream_is_the_public_one() -> None:
 
 def test_fixed_rule_never_moves_the_gap() -> None:
     weight = nn.Parameter(torch.zeros(24, 16))
-    opt = qg.QGaLoreAdamW8bit([{"params": [weight], "rank": 4, "update_proj_gap": 2, "lazy_rule": None}])
+    opt = qg.QGaLoreAdamW8bit([{"params": [weight], "rank": 4, "update_proj_gap": 2, "lazy_rule": "fixed"}])
     for gradient in low_rank_stream(24, 16, 21):
         weight.grad = gradient
         opt.step()
@@ -219,7 +221,11 @@ def test_first_data_driven_basis_of_a_leaf_is_three_power_steps_later_ones_are_w
         opt.zero_grad()
         gradient = 2 * (x @ weight.t()).t() @ x
         steps = {0: subspace.COLD_STEPS, 2: None}
-        expected = subspace.power_basis(gradient, old, steps[step]).vectors if step in steps else old
+        expected = (
+            subspace.refresh_basis(gradient, subspace.RIGHT, old, steps[step], "float32").vectors
+            if step in steps
+            else old
+        )
         torch.testing.assert_close(decoded_basis(opt, layer.leaf), expected, rtol=0, atol=1e-4)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -16,6 +18,7 @@ from q_galore_torch.nn.binding import Binding
 from q_galore_torch.nn.leaf import ZeroLeaf, bind, check_untouched, layer_of
 from q_galore_torch.optim import options, schedule
 from q_galore_torch.optim.state import (
+    UNMEASURED,
     checked_groups,
     checked_state,
     new_state,
@@ -25,7 +28,7 @@ from q_galore_torch.optim.state import (
     target_of,
 )
 from q_galore_torch.optim.update import Work, checked_gradient, is_low_rank, keep_finite, update
-from q_galore_torch.subspace import first_refresh_steps
+from q_galore_torch.subspace import first_refresh_steps, matrix_shape
 
 _log = logging.getLogger(__name__)
 
@@ -40,10 +43,12 @@ class QGaLoreAdamW8bit(Optimizer):
     Args:
         params: parameters, named parameters or groups. Besides ``lr, betas, eps, weight_decay, moments_dtype,
             stochastic_round`` a group takes ``rank`` and with it ``update_proj_gap`` (200), ``scale`` (0.25),
-            ``proj_type`` ("std"), ``proj_format`` ("int4", "int8", "float32") and ``proj_block`` (256) or ``quant,
-            quant_n_bit, quant_group_size``, ``subspace`` ("svd" for full gradients, "warm" for low-rank leaves; or
-            "random"), ``lazy_rule`` ("fixed" or "upstream"), ``cos_threshold`` (0.4), ``gamma_proj`` (2),
-            ``queue_size`` (5), ``moments`` ("keep").
+            ``proj_type`` ("std", "reverse_std", "right", "left" or "full"), ``proj_format`` ("int4") and ``proj_block``
+            or ``quant, quant_n_bit, quant_group_size``, ``subspace`` ("warm", "svd" or "random"), ``lazy_rule``
+            ("energy", "upstream" or "fixed") with ``energy_threshold`` (0.85) or ``cos_threshold`` (0.4), ``gamma_proj``
+            (2), ``queue_size`` (5) and ``max_proj_gap`` (16 gaps), ``moments`` ("keep", "rotate" or "reset") and
+            ``norm_growth_limit`` (None). A weight of more than two dimensions is projected as the matrix that
+            :func:`q_galore_torch.subspace.matrix_shape` names.
         lr: learning rate, default 1e-3; a number or a tensor of one element.
         betas: decay rates of the moments, default (0.9, 0.999).
         eps: added to the root of the second moment, default 1e-8.
@@ -102,6 +107,7 @@ class QGaLoreAdamW8bit(Optimizer):
         given = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         checked = options.check_constructor(given)
         self._ready = False
+        self._seconds: defaultdict[int, float] = defaultdict(float)
         super().__init__(params, {key: checked[key] for key in (*options.COMMON, *options.KEPT)})
         self._ready = True
         self._plan_first_refreshes([p for group in self.param_groups for p in group["params"]])
@@ -145,7 +151,7 @@ class QGaLoreAdamW8bit(Optimizer):
             target = target_of(parameter, name)
             refuse_parameter(parameter, target, group, name)
             if group["rank"] is not None:
-                clipped += group["rank"] > min(target.weight.shape)
+                clipped += group["rank"] > min(matrix_shape(target.weight.shape))
             created[parameter] = new_state(
                 target,
                 group,
@@ -179,8 +185,7 @@ class QGaLoreAdamW8bit(Optimizer):
         for parameter, _, group in self._parameters():
             if is_low_rank(parameter):
                 state = self.state[parameter]
-                due = schedule.is_due(state, group, projection_of(state), True)
-                parameter.binding.due = due and schedule.needs_gradient(group)
+                parameter.binding.due = schedule.needs_gradient(state, group, projection_of(state), True)
 
     def _adopt(self) -> None:
         """Take a layer's present leaf where it was replaced: layers are found by number, not by identity."""
@@ -227,11 +232,11 @@ class QGaLoreAdamW8bit(Optimizer):
         work, sizes = keep_finite(self._collect())
         for item, size in zip(work, sizes, strict=True):
             if item.shapes is not None and not item.low_rank and size > 0:
-                self._refresh(item, item.gradient)
-        refreshed_after = [item for item in work if item.low_rank and self._is_due(item)]
+                self._refresh(item, item.gradient, item.state["step"], self._is_due(item))
+        after = [(item, self._is_due(item)) for item in work if item.low_rank]
         update(work)
-        for item in refreshed_after:
-            self._refresh_after(item)
+        for item, due in after:
+            self._refresh_after(item, due)
         self._mark_due()
         return loss
 
@@ -247,32 +252,34 @@ class QGaLoreAdamW8bit(Optimizer):
                     f"{name} was taken over by an optimizer made later, and its gradient is of that one's projector"
                 )
             shapes = projection_of(state) if group["rank"] is not None else None
-            gradient = checked_gradient(parameter, name)
-            work.append(Work(parameter, name, group, state, target_of(parameter, name), gradient, shapes))
+            target = target_of(parameter, name)
+            gradient = checked_gradient(parameter, name, shapes, target.low_rank)
+            work.append(Work(parameter, name, group, state, target, gradient, shapes))
         return work
 
     def _is_due(self, item: Work) -> bool:
         assert item.shapes is not None
         return schedule.is_due(item.state, item.group, item.shapes, item.low_rank)
 
-    def _refresh(self, item: Work, gradient: Tensor | None, step: int | None = None) -> None:
-        """A new basis, where one is due; ``step`` is the parameter's own, before the update."""
+    def _refresh(self, item: Work, gradient: Tensor | None, step: int, due: bool) -> None:
+        """Compare two bases, then find a new one, where either waits; ``step`` is the parameter's own."""
         assert item.shapes is not None
-        if step is None and not self._is_due(item):
-            return
-        step = item.state["step"] if step is None else step
-        schedule.refresh(item.state, item.group, item.shapes, gradient, step=step, low_rank=item.low_rank)
+        start = time.perf_counter()
+        if gradient is not None and schedule.is_pending(item.state):
+            schedule.compare(item.state, item.group, item.shapes, gradient)
+        if due:
+            schedule.refresh(item.state, item.group, item.shapes, gradient, step=step, low_rank=item.low_rank)
+        self._seconds[item.state["id"]] += time.perf_counter() - start
 
-    def _refresh_after(self, item: Work) -> None:
+    def _refresh_after(self, item: Work, due: bool) -> None:
         """R was summed under the old basis, so a due leaf is updated first. A G that is zero or broken keeps it due."""
         binding, before = item.parameter.binding, item.state["step"] - 1
-        if not schedule.needs_gradient(item.group):
-            self._refresh(item, None, before)
-            return
         binding.forget_if_zeroed(item.parameter)
         stash = binding.stash
         if stash is not None and 0 < ops.absmax([stash]).item() < float("inf"):
-            self._refresh(item, stash, before)
+            self._refresh(item, stash, before, due)
+        elif due and item.group["subspace"] == "random":
+            self._refresh(item, None, before, due)
         binding.drop()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -354,6 +361,7 @@ class QGaLoreAdamW8bit(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._ready = True
+        self._seconds = defaultdict(float)
         super().__setstate__(state)
         self._bind()
 
@@ -367,8 +375,11 @@ class QGaLoreAdamW8bit(Optimizer):
 
         Returns:
             One dict per parameter: ``name``, ``id``, ``step``, ``groups_shifted`` and ``groups_reranged`` (INT8 groups,
-            since the start), and for projected ones ``refreshes``, ``gap`` (steps), ``similarity`` (the last one, None
-            before it exists) and ``qr_fallbacks``.
+            since the start). For projected ones also ``refreshes``, ``last_refresh`` (the parameter's step, -1 before
+            it), ``gap`` (steps), ``similarity`` (of the last two bases), ``captured_energy`` (share of the gradient that
+            the newest basis was made from, before quantisation), ``held_out_energy`` (share that it captured of the next
+            gradient, as stored), ``seconds`` (spent on its refreshes by this object) and ``qr_fallbacks``. What has not
+            been measured yet is None; only ``lazy_rule="energy"`` measures the held-out energy.
         """
         self._adopt()
         report = []
@@ -378,9 +389,10 @@ class QGaLoreAdamW8bit(Optimizer):
             entry = {"name": name, "id": state["id"], "step": state["step"]}
             entry.update(groups_shifted=shifted, groups_reranged=reranged)
             if group["rank"] is not None:
-                similarity = state["queue"][-1].item() if state["queue"].numel() else None
-                entry.update(refreshes=state["refreshes"], gap=state["gap"], similarity=similarity)
-                entry["qr_fallbacks"] = state["qr_fallbacks"]
+                measured = [None if value == UNMEASURED else value for value in state["measured"].tolist()]
+                entry.update({key: state[key] for key in ("refreshes", "last_refresh", "gap", "qr_fallbacks")})
+                entry.update(zip(("similarity", "captured_energy", "held_out_energy"), measured, strict=True))
+                entry["seconds"] = self._seconds[state["id"]]
             report.append(entry)
         return report
 

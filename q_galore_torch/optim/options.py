@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from numbers import Real
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from q_galore_torch.subspace import PROJ_TYPES
+
+_log = logging.getLogger(__name__)
 
 Check = Callable[[str, Any], Any]
 
@@ -108,20 +114,21 @@ def _betas(key: str, value: Any) -> tuple[float, float]:
 
 
 def _lazy_rule(key: str, value: Any) -> str:
-    if value is None:
-        return "fixed"
-    not_yet = {"energy": "is not implemented yet"}
-    return choice("fixed", "upstream", later=not_yet)(key, value)
+    return choice("energy", "upstream", "fixed")(key, "energy" if value is None else value)
 
 
-def _subspace(key: str, value: Any) -> str | None:
-    return None if value is None else choice("warm", "svd", "random")(key, value)
+def _subspace(key: str, value: Any) -> str:
+    return choice("warm", "svd", "random")(key, "warm" if value is None else value)
+
+
+def _or_none(check: Check) -> Check:
+    """A check that lets None pass."""
+    return lambda key, value: None if value is None else check(key, value)
 
 
 _FORMATS_LATER = {name: "is not implemented yet" for name in ("bfloat16", "fp8", "fp8_e4m3", "fp4", "nf4")}
-_TYPES_LATER = {name: "is not implemented yet" for name in ("reverse_std", "right", "left", "full")}
-_not_yet = "it belongs to lazy_rule='energy', which is not implemented yet"
 _int32 = 2**31 - 1
+_GAPS = 16  # the longest gap, in gaps
 
 # Options of every group; the constructor gives their defaults.
 COMMON: dict[str, Option] = {
@@ -152,20 +159,18 @@ PROJECTED: dict[str, Option] = {
     "rank": Option(None, number(1, _int32, "an integer >= 1", integer=True)),
     "update_proj_gap": Option(200, number(1, _int32, "an integer >= 1", integer=True)),
     "scale": Option(0.25, number(-math.inf, math.inf, "a finite number", open_ends="low high")),
-    "proj_type": Option("std", choice("std", later=_TYPES_LATER)),
+    "proj_type": Option("std", choice(*PROJ_TYPES)),
     "proj_format": Option("int4", choice("float32", "int8", "int4", later=_FORMATS_LATER)),
     "proj_block": Option(256, number(1, _int32, "an integer >= 1", integer=True)),
-    "subspace": Option(None, _subspace),
-    "lazy_rule": Option("fixed", _lazy_rule),
+    "subspace": Option("warm", _subspace),
+    "lazy_rule": Option("energy", _lazy_rule),
+    "energy_threshold": Option(0.85, number(0.0, 1.0, "a number in (0, 1]", open_ends="low")),
     "cos_threshold": Option(0.4, number(-1.0, 1.0, "a number in [-1, 1]")),
     "gamma_proj": Option(2.0, number(1.0, math.inf, "a number >= 1", open_ends="high")),
     "queue_size": Option(5, number(1, _int32, "an integer >= 1", integer=True)),
-    "moments": Option(
-        "keep", choice("keep", later={"rotate": "is not implemented yet", "reset": "is not implemented yet"})
-    ),
-    "energy_threshold": Option(None, only(None, _not_yet)),
-    "max_proj_gap": Option(None, only(None, _not_yet)),
-    "norm_growth_limit": Option(None, only(None, "it is not implemented yet")),
+    "max_proj_gap": Option(None, _or_none(number(1, _int32, "an integer >= 1 or None", integer=True))),
+    "moments": Option("keep", choice("keep", "rotate", "reset")),
+    "norm_growth_limit": Option(None, _or_none(number(1.0, math.inf, "a number >= 1 or None", open_ends="high"))),
 }
 _UPSTREAM_QUANT: dict[str, Option] = {
     "quant": Option(True, boolean),
@@ -268,4 +273,24 @@ def _check_projected(options: dict[str, Any]) -> dict[str, Any]:
         quant = {key: option.check(key, upstream.get(key, option.default)) for key, option in _UPSTREAM_QUANT.items()}
         options["proj_format"] = f"int{quant['quant_n_bit']}" if quant["quant"] else "float32"
         options["proj_block"] = quant["quant_group_size"]
-    return {key: option.check(key, options.get(key, option.default)) for key, option in PROJECTED.items()}
+    checked = {key: option.check(key, options.get(key, option.default)) for key, option in PROJECTED.items()}
+    longest = checked["max_proj_gap"]
+    if longest is not None and longest < checked["update_proj_gap"]:
+        gap = checked["update_proj_gap"]
+        raise _refuse("max_proj_gap", longest, f"at least update_proj_gap={gap}, or None for {_GAPS} times that")
+    if checked["lazy_rule"] != "upstream" and options.get("cos_threshold") is not None:
+        _warn_once(
+            f"cos_threshold acts only under lazy_rule='upstream'; lazy_rule={checked['lazy_rule']!r} does not read it"
+        )
+    return checked
+
+
+def longest_gap(group: Mapping[str, Any]) -> int:
+    """The cap of a projected group's gap in steps: ``max_proj_gap``, by default 16 times ``update_proj_gap``."""
+    given = group["max_proj_gap"]
+    return _GAPS * group["update_proj_gap"] if given is None else given
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)

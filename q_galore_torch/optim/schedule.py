@@ -1,7 +1,8 @@
-"""When a parameter's basis is due, and what a refresh does to its state."""
+"""When a parameter's basis is due, what a refresh does to its state, and how two bases in a row are compared."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from q_galore_torch import ops, subspace
-from q_galore_torch.optim.state import Projection
+from q_galore_torch.optim import moments
+from q_galore_torch.optim.options import longest_gap
+from q_galore_torch.optim.state import PARTS, UNMEASURED, Projection
+
+NOISE = 0.1  # a basis that captures less than this share of what chance leaves has found noise
+SIMILARITY, CAPTURED, HELD_OUT = 0, 1, 2  # places in a state's ``measured``
 
 
 def is_due(state: dict[str, Any], group: dict[str, Any], shapes: Projection, low_rank: bool) -> bool:
@@ -18,12 +24,25 @@ def is_due(state: dict[str, Any], group: dict[str, Any], shapes: Projection, low
     A plain parameter has no basis before its first step, a low-rank leaf a random one. A basis that spans the whole
     space is never refreshed.
     """
-    if shapes.rank == shapes.dim and (low_rank or state["refreshes"] > 0):
+    if shapes.whole and (low_rank or state["refreshes"] > 0):
         return False
     if group["lazy_rule"] == "upstream":
         return state["step"] // state["gap"] * state["gap"] > state["last_due"]
     first = state["refreshes"] == 0 and not low_rank
     return first or state["step"] >= state["last_due"] + state["gap"]
+
+
+def is_pending(state: dict[str, Any]) -> bool:
+    """Whether the two newest bases wait for the next gradient to be compared on."""
+    return state["past_proj_codes"].numel() > 0
+
+
+def needs_gradient(state: dict[str, Any], group: dict[str, Any], shapes: Projection, low_rank: bool) -> bool:
+    """Whether the parameter's next step reads its full gradient for a new basis or to compare two."""
+    return is_pending(state) or (group["subspace"] != "random" and is_due(state, group, shapes, low_rank))
+
+
+# ---------------------------------------------------------------- refresh
 
 
 def refresh(
@@ -46,61 +65,98 @@ def refresh(
         low_rank: the parameter is a low-rank leaf.
 
     Returns:
-        False where LAPACK failed: nothing is changed then, and the basis stays due.
+        False where no basis came out: nothing is changed then, and the basis stays due.
     """
-    basis = _new_basis(state, group, shapes, gradient, low_rank)
-    if basis is None:
+    old = decoded_bases(state, group, shapes)
+    bases = _new_bases(state, group, shapes, gradient, old, low_rank)
+    if bases is None:
         return False
-    encoded = ops.projector_quantize(basis.vectors.contiguous(), group["proj_format"], group["proj_block"])
-    for key, part in zip(("proj_codes", "proj_scales", "proj_zeros"), encoded, strict=True):
-        state[key].copy_(part)
-    _advance(state, group, step, basis.vectors[0])
+    compared = group["lazy_rule"] == "energy" and group["subspace"] != "random" and state["refreshes"] > 0
+    for (name, _, _), basis in zip(shapes.sides, bases, strict=True):
+        encoded = ops.projector_quantize(basis.vectors.contiguous(), group["proj_format"], group["proj_block"])
+        for part, value in zip(PARTS, encoded, strict=True):
+            stored = state[f"{name}_{part}"]
+            if compared:
+                state[f"past_{name}_{part}"] = stored.clone()
+            stored.copy_(value)
+    moments.carry_over(state, group, old, lambda: decoded_bases(state, group, shapes))
+    _advance(state, group, step, bases[0].vectors[0])
     state["refreshes"] += 1
-    state["qr_fallbacks"] += basis.fallbacks
+    state["last_refresh"] = step
+    state["qr_fallbacks"] += sum(basis.fallbacks for basis in bases)
+    state["measured"][CAPTURED] = _captured(gradient, shapes, bases)
     return True
 
 
-def needs_gradient(group: dict[str, Any]) -> bool:
-    """Whether a refresh reads the full gradient."""
-    return group["subspace"] != "random"
+def _captured(gradient: Tensor | None, shapes: Projection, bases: list[subspace.Basis]) -> float:
+    """The share of the gradient's energy that new bases capture."""
+    if gradient is None or math.isnan(bases[0].energy):
+        return UNMEASURED  # they were not made from it
+    return bases[0].energy if len(bases) == 1 else energy(gradient, shapes, [basis.vectors for basis in bases])
+
+
+def _new_bases(
+    state: dict[str, Any],
+    group: dict[str, Any],
+    shapes: Projection,
+    gradient: Tensor | None,
+    old: list[Tensor],
+    low_rank: bool,
+) -> list[subspace.Basis] | None:
+    """One basis for each projected side, or None where one of them could not be found."""
+    bases = []
+    for index, (_, side, dim) in enumerate(shapes.sides):
+        if shapes.rank == dim and state["refreshes"] > 0:  # it spans its space already
+            bases.append(subspace.Basis(old[index]))
+            continue
+        draw = (state["refreshes"] + 1) * len(shapes.sides) + index
+        basis = _new_basis(state, group, shapes.rank, dim, side, gradient, old[index], low_rank, draw)
+        if basis is None:
+            return None
+        bases.append(basis)
+    return bases
 
 
 def _new_basis(
-    state: dict[str, Any], group: dict[str, Any], shapes: Projection, gradient: Tensor | None, low_rank: bool
+    state: dict[str, Any],
+    group: dict[str, Any],
+    rank: int,
+    dim: int,
+    side: int,
+    gradient: Tensor | None,
+    old: Tensor,
+    low_rank: bool,
+    draw: int,
 ) -> subspace.Basis | None:
     first = state["refreshes"] == 0
-    how = group["subspace"] or ("warm" if low_rank else "svd")
     upstream = group["lazy_rule"] == "upstream"
-    seed, id = group["seed"], state["id"]
-    if how == "random" and not upstream:
-        return subspace.random_basis(shapes.rank, shapes.dim, seed, id, state["refreshes"] + 1)
+    seed, id, dtype = group["seed"], state["id"], group["compute_dtype"]
+    if group["subspace"] == "random" and not upstream:
+        return subspace.random_basis(rank, dim, seed, id, draw)
     assert gradient is not None
-    gemm_dtype = getattr(torch, group["compute_dtype"])
-    matrix = subspace.oriented(gradient, shapes.side)
     if first and not low_rank and not upstream:
-        return subspace.cold_basis(matrix, shapes.rank, seed, id, gemm_dtype)
-    if how == "svd" or upstream:
-        vectors = subspace.svd_basis(matrix, shapes.rank)
-        if vectors is None:
-            return None
-        if not upstream:
-            vectors = subspace.matching_signs(vectors, old_basis(state, group, shapes))
-        return subspace.Basis(vectors, 0)
-    steps = subspace.COLD_STEPS if first else None
-    return subspace.power_basis(matrix, old_basis(state, group, shapes), steps, gemm_dtype)
+        return subspace.cold_basis(gradient, side, rank, seed, id, dtype)
+    if group["subspace"] == "svd" or upstream:
+        basis = subspace.svd_basis(gradient, side, rank)
+        if basis is None or upstream:
+            return basis
+        return basis._replace(vectors=subspace.matching_signs(basis.vectors, old))
+    return subspace.refresh_basis(gradient, side, old, subspace.COLD_STEPS if first else None, dtype)
 
 
-def old_basis(state: dict[str, Any], group: dict[str, Any], shapes: Projection) -> Tensor:
-    """The decoded basis of a state, float32 [r, d]."""
-    return ops.projector_dequantize(
-        state["proj_codes"],
-        state["proj_scales"],
-        state["proj_zeros"],
-        group["proj_format"],
-        group["proj_block"],
-        shapes.dim,
-        torch.float32,
-    )
+def decoded_bases(state: dict[str, Any], group: dict[str, Any], shapes: Projection, past: bool = False) -> list[Tensor]:
+    """The stored basis [r, d] of each projected side as float32, or the ones before them."""
+    prefix = "past_" if past else ""
+    return [
+        ops.projector_dequantize(
+            *(state[f"{prefix}{name}_{part}"] for part in PARTS),
+            group["proj_format"],
+            group["proj_block"],
+            dim,
+            torch.float32,
+        )
+        for name, _, dim in shapes.sides
+    ]
 
 
 def _advance(state: dict[str, Any], group: dict[str, Any], step: int, first_vector: Tensor) -> None:
@@ -114,6 +170,54 @@ def _advance(state: dict[str, Any], group: dict[str, Any], step: int, first_vect
         state["last_due"] += gap * max(1, (step - state["last_due"]) // gap)
 
 
+# ---------------------------------------------------------------- the lazy rules
+
+
+def energy(gradient: Tensor, shapes: Projection, bases: list[Tensor]) -> float:
+    """The share of a full gradient's energy [m, n] that the spans of decoded bases capture."""
+    by_side = {side: basis for (_, side, _), basis in zip(shapes.sides, bases, strict=True)}
+    return subspace.captured_energy(gradient, by_side.get(subspace.RIGHT), by_side.get(subspace.LEFT))
+
+
+def compare(state: dict[str, Any], group: dict[str, Any], shapes: Projection, gradient: Tensor) -> None:
+    """Judge the newest basis and the one before it on a gradient to which neither was fitted, and move the gap.
+
+    ``similarity = (E_old - c) / (E_new - c)`` in [0, 1], c the chance level; 0 where the new basis found only noise.
+
+    Args:
+        state: of a parameter with two bases to compare.
+        group: its group.
+        shapes: of its projection.
+        gradient: of the step after the refresh, [m, n], finite and not all zero.
+    """
+    chance = shapes.chance
+    new = energy(gradient, shapes, decoded_bases(state, group, shapes))
+    old = energy(gradient, shapes, decoded_bases(state, group, shapes, past=True))
+    found = new - chance
+    similarity = 0.0 if found < NOISE * (1 - chance) else min(1.0, max(0.0, (old - chance) / found))
+    for name, _, _ in shapes.sides:
+        for part in PARTS:
+            state[f"past_{name}_{part}"] = state[f"past_{name}_{part}"].new_empty(0)
+    state["measured"][SIMILARITY], state["measured"][HELD_OUT] = similarity, new
+    _stretch(state, group, similarity)
+
+
+def _stretch(state: dict[str, Any], group: dict[str, Any], similarity: float) -> None:
+    """A full queue whose mean reaches the threshold stretches the gap; one similarity below it takes that back."""
+    base, threshold = group["update_proj_gap"], group["energy_threshold"]
+    queue = [*state["queue"].tolist(), similarity][-group["queue_size"] :]
+    gap = state["gap"]
+    if similarity < threshold:
+        gap = base
+    elif len(queue) == group["queue_size"] and sum(queue) / len(queue) >= threshold:
+        multiple = math.ceil(gap * group["gamma_proj"] / base)
+        gap = base * min(multiple, longest_gap(group) // base)
+        queue = []
+    if gap < state["gap"]:
+        queue = []
+    state["gap"], state["queue"] = gap, torch.tensor(queue, dtype=torch.float64)
+
+
 def _stretch_upstream(state: dict[str, Any], group: dict[str, Any], vector: Tensor) -> None:
     """The public code's rule: signed cosine of the first vector, a queue that is never cleared, no cap."""
     past, state["past_vector"] = state["past_vector"], vector.clone()
@@ -122,5 +226,6 @@ def _stretch_upstream(state: dict[str, Any], group: dict[str, Any], vector: Tens
     similarity = F.cosine_similarity(past, vector, dim=0).item()
     queue = [*state["queue"].tolist(), similarity][-group["queue_size"] :]
     state["queue"] = torch.tensor(queue, dtype=torch.float64)
+    state["measured"][SIMILARITY] = similarity
     if len(queue) == group["queue_size"] and sum(queue) / len(queue) >= group["cos_threshold"]:
         state["gap"] = int(state["gap"] * group["gamma_proj"])

@@ -2,14 +2,22 @@
 
 Every parameter: ``id`` and ``step`` (both drive the rounding noise), ``bias_step`` (bias correction), ``exp_avg``,
 ``exp_avg_sq`` (float32, or uint8 codes with ``exp_avg_absmax`` and ``exp_avg_sq_absmax``), ``range_stats`` (int64 [2]:
-INT8 groups shifted and re-ranged). A projected one also: ``number`` (of projected parameters), ``side``, ``dim``,
-``proj_codes``, ``proj_scales``, ``proj_zeros``, ``gap``, ``phase``, ``last_due``, ``refreshes``, ``qr_fallbacks``, and
-for ``lazy_rule="upstream"`` ``queue`` (float64, the last similarities) and ``past_vector`` (float32), empty otherwise.
+INT8 groups shifted and re-ranged). A projected one also:
+
+- ``number`` (of projected parameters), ``side``, ``dim`` and the projector ``proj_codes, proj_scales, proj_zeros``; where
+  both sides are projected these are the left one's, and ``right_dim, right_codes, right_scales, right_zeros`` the other's;
+- the schedule: ``gap``, ``phase``, ``last_due``, ``last_refresh``, ``refreshes``, ``qr_fallbacks``;
+- ``queue`` (float64, the last similarities), ``past_...`` (the projector before the newest one, while the two wait to be
+  compared, else empty), ``past_vector`` (float32, for ``lazy_rule="upstream"``, else empty);
+- ``measured`` (float64 [3]: the last similarity, captured and held-out energy; ``UNMEASURED`` before there is one), and
+  ``norm`` (float64 [1]: of the last N, 0 before there is one; empty without ``norm_growth_limit``).
+
 Tensors and integers only; the same keys before and after the first step.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +25,23 @@ from torch import Tensor
 
 from q_galore_torch import ops
 from q_galore_torch.nn.leaf import ZeroLeaf, layer_of
-from q_galore_torch.subspace import RIGHT, next_phase_step, random_basis, side_of, stagger_phase
+from q_galore_torch.optim.moments import BLOCK, ZERO_CODE
+from q_galore_torch.subspace import (
+    FULL,
+    LEFT,
+    RIGHT,
+    matrix_shape,
+    next_phase_step,
+    random_basis,
+    side_of,
+    stagger_phase,
+)
 
-BLOCK = 256  # elements of a moment that share an absmax
-_ZERO_CODE = 127  # of the signed map
+UNMEASURED = -2.0  # nothing measured is below -1
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ON_CPU = ("queue", "measured", "norm")
 _FREE_SHAPE = ("queue", "past_vector")
+PARTS = ("codes", "scales", "zeros")  # of a projector
 
 
 class Target(NamedTuple):
@@ -68,25 +87,60 @@ def target_of(parameter: Tensor, name: str) -> Target:
 
 
 class Projection(NamedTuple):
-    """The shapes of a projected matrix: side, rank r (clipped), vector length d, the other dimension k."""
+    """The shapes of a projected matrix: side, rank r (clipped), vector length d, the other dimension k.
+
+    Where both sides are projected d is the left one's (rows) and k the right one's (columns).
+    """
 
     side: int
     rank: int
     dim: int
     other: int
 
+    @property
+    def rows(self) -> int:
+        """Of the weight matrix."""
+        return self.other if self.side == RIGHT else self.dim
+
+    @property
+    def cols(self) -> int:
+        """Of the weight matrix."""
+        return self.dim if self.side == RIGHT else self.other
+
+    @property
+    def moments(self) -> tuple[int, int]:
+        """The shape of R."""
+        return self.rank, self.rank if self.side == FULL else self.other
+
+    @property
+    def sides(self) -> tuple[tuple[str, int, int], ...]:
+        """Name, side and vector length of each basis."""
+        if self.side == FULL:
+            return ("proj", LEFT, self.dim), ("right", RIGHT, self.other)
+        return (("proj", self.side, self.dim),)
+
+    @property
+    def whole(self) -> bool:
+        """The basis spans the whole space."""
+        return all(self.rank == dim for _, _, dim in self.sides)
+
+    @property
+    def chance(self) -> float:
+        """The share of a random gradient's energy that a basis captures."""
+        return math.prod(self.rank / dim for _, _, dim in self.sides)
+
 
 def _plan(target: Target, group: dict[str, Any]) -> Projection:
-    rows, cols = target.weight.shape
+    rows, cols = matrix_shape(target.weight.shape)
     side = side_of(group["proj_type"], rows, cols)
     dim, other = (cols, rows) if side == RIGHT else (rows, cols)
-    return Projection(side, min(group["rank"], dim), dim, other)
+    return Projection(side, min(group["rank"], rows, cols), dim, other)
 
 
 def projection_of(state: dict[str, Any]) -> Projection:
     """How a parameter is projected, from its state alone."""
     rank, other = state["exp_avg"].shape
-    return Projection(state["side"], rank, state["dim"], other)
+    return Projection(state["side"], rank, state["dim"], state["right_dim"] if state["side"] == FULL else other)
 
 
 def new_state(
@@ -113,7 +167,7 @@ def new_state(
     projected = group["rank"] is not None
     if projected:
         shapes = _plan(target, group)
-        rows, cols = shapes.rank, shapes.other
+        rows, cols = shapes.moments
         shape: tuple[int, ...] = (rows, cols)
     else:
         shape = tuple(target.weight.shape)
@@ -123,7 +177,7 @@ def new_state(
         state["exp_avg_sq"] = torch.zeros(shape, dtype=torch.float32, device=device)
         blocks: tuple[int, ...] = (0,)
     else:
-        state["exp_avg"] = torch.full(shape, _ZERO_CODE, dtype=torch.uint8, device=device)
+        state["exp_avg"] = torch.full(shape, ZERO_CODE, dtype=torch.uint8, device=device)
         state["exp_avg_sq"] = torch.zeros(shape, dtype=torch.uint8, device=device)
         per_row = (cols + BLOCK - 1) // BLOCK
         blocks = (rows, per_row) if projected else (per_row,)
@@ -140,46 +194,37 @@ def _new_subspace(target: Target, group: dict[str, Any], id: int, number: int, d
     gap = group["update_proj_gap"]
     upstream = group["lazy_rule"] == "upstream"
     phase = 0 if upstream else stagger_phase(number, gap)
-    if device.type != "meta" and target.low_rank:
-        start = random_basis(shapes.rank, shapes.dim, group["seed"], id)
-        encoded = ops.projector_quantize(start.vectors, group["proj_format"], group["proj_block"])
-        codes, scales, zeros = (part.to(device) for part in encoded)
-    else:
-        codes, scales, zeros = empty_projector(shapes, group, device)
+    state: dict[str, Any] = {"number": number, "side": shapes.side, "dim": shapes.dim}
+    if shapes.side == FULL:
+        state["right_dim"] = shapes.other
+    for index, (name, _, dim) in enumerate(shapes.sides):
+        if device.type != "meta" and target.low_rank:
+            start = random_basis(shapes.rank, dim, group["seed"], id, index)
+            parts = ops.projector_quantize(start.vectors, group["proj_format"], group["proj_block"])
+        else:
+            parts = empty_projector(shapes.rank, dim, group)
+        for part, value in zip(PARTS, parts, strict=True):
+            state[f"{name}_{part}"] = value.to(device)
+            state[f"past_{name}_{part}"] = value.new_empty(0, device=device)
     return {
-        "number": number,
-        "side": shapes.side,
-        "dim": shapes.dim,
-        "proj_codes": codes,
-        "proj_scales": scales,
-        "proj_zeros": zeros,
+        **state,
         "gap": gap,
         "phase": phase,
         # A basis is due when `gap` steps have passed since `last_due`; under "upstream" at each new multiple of `gap`.
         "last_due": -1 if upstream else next_phase_step(0, phase, gap) - gap,
+        "last_refresh": -1,
         "refreshes": 0,
         "qr_fallbacks": 0,
         "queue": torch.zeros(0, dtype=torch.float64),
         "past_vector": torch.zeros(0, dtype=torch.float32, device=device),
+        "measured": torch.full((3,), UNMEASURED, dtype=torch.float64),
+        "norm": torch.zeros(0 if group["norm_growth_limit"] is None else 1, dtype=torch.float64),
     }
 
 
-def empty_projector(shapes: Projection, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def empty_projector(rank: int, dim: int, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The storage of a projector that decodes to zeros."""
-    rank, dim = shapes.rank, shapes.dim
-    if group["proj_format"] == "float32":
-        return (
-            torch.zeros(rank, dim, device=device),
-            torch.zeros(0, dtype=torch.bfloat16, device=device),
-            torch.zeros(0, dtype=torch.uint8, device=device),
-        )
-    width = dim if group["proj_format"] == "int8" else (dim + 1) // 2
-    blocks = (dim + group["proj_block"] - 1) // group["proj_block"]
-    return (
-        torch.zeros(rank, width, dtype=torch.uint8, device=device),
-        torch.zeros(rank, blocks, dtype=torch.bfloat16, device=device),
-        torch.zeros(rank, blocks, dtype=torch.uint8, device=device),
-    )
+    return ops.projector_quantize(torch.zeros(rank, dim), group["proj_format"], group["proj_block"])
 
 
 def checked_groups(state_dict: Any) -> list[dict[str, Any]]:
@@ -221,14 +266,17 @@ def checked_state(saved: dict[str, Any], template: dict[str, Any], name: str) ->
         if not isinstance(value, Tensor) or value.dtype != expected.dtype:
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{key} of {name} must be a {expected.dtype} tensor, got {got}")
-        if key not in _FREE_SHAPE and value.shape != expected.shape:
+        shapes = [expected.shape]
+        if key.startswith("past_") and key != "past_vector":  # empty, or the projector before
+            shapes.append(template[key.removeprefix("past_")].shape)
+        if key not in _FREE_SHAPE and value.shape not in shapes:
             raise ValueError(f"{key} of {name} must have shape {list(expected.shape)}, got {list(value.shape)}")
 
 
 def placed(saved: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A copy of a saved state on a device, every tensor in its own dtype; the queue stays on the CPU."""
+    """A copy of a saved state on a device, every tensor in its own dtype; what the host reads stays on the CPU."""
     return {
-        key: value.to("cpu" if key == "queue" else device, copy=True) if isinstance(value, Tensor) else value
+        key: value.to("cpu" if key in _ON_CPU else device, copy=True) if isinstance(value, Tensor) else value
         for key, value in saved.items()
     }
 
@@ -246,14 +294,17 @@ def refuse_parameter(parameter: Tensor, target: Target, group: dict[str, Any], n
         if target.low_rank:
             raise ValueError(f"{name} is the leaf of a low-rank layer: it needs a group with a rank, use param_groups")
         return
-    if weight.dim() != 2:
-        raise ValueError(f"{name} has {weight.dim()} dimensions; a group with a rank takes matrices only for now")
+    if weight.dim() < 2:
+        raise ValueError(f"{name} has shape {list(weight.shape)}; a group with a rank takes two or more dimensions")
     if weight.numel() == 0:
         raise ValueError(f"{name} is empty and cannot be projected")
     if not target.low_rank:
         return
     if group["lazy_rule"] == "upstream":
         raise ValueError(f"lazy_rule='upstream' needs full gradients, but {name} is low-rank: use grad_mode='full'")
-    rank = _plan(target, group).rank
-    if parameter.shape[0] != rank:
+    shapes = _plan(target, group)
+    if parameter.shape[0] != shapes.rank:
         raise ValueError(f"rank must be {parameter.shape[0]}, with which {name} was prepared, got {group['rank']}")
+    if tuple(parameter.shape) != shapes.moments:
+        kind = group["proj_type"]
+        raise ValueError(f"proj_type must be the one with which {name} was prepared (R {list(parameter.shape)}), got {kind!r}")

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from q_galore_torch import ops
 from q_galore_torch.nn.leaf import ZeroLeaf, ZeroWeight
-from q_galore_torch.optim.state import BLOCK, Projection, Target
+from q_galore_torch.optim.moments import BLOCK
+from q_galore_torch.optim.state import PARTS, Projection, Target
+from q_galore_torch.subspace import FULL
 
 _log = logging.getLogger(__name__)
 
@@ -45,15 +47,16 @@ def is_low_rank(parameter: Any) -> bool:
     return isinstance(parameter, ZeroLeaf) and not isinstance(parameter, ZeroWeight)
 
 
-def checked_gradient(parameter: Tensor, name: str) -> Tensor:
-    """The parameter's gradient, contiguous."""
+def checked_gradient(parameter: Tensor, name: str, shapes: Projection | None, low_rank: bool) -> Tensor:
+    """The parameter's gradient, contiguous; as the matrix [m, n] that is projected where it is."""
     gradient = parameter.grad
     assert gradient is not None
     if gradient.layout != torch.strided:
         raise RuntimeError(f"the gradient of {name} must be dense, got {gradient.layout}")
     if gradient.dtype not in _FLOATS:
         raise RuntimeError(f"the gradient of {name} must be float32, bfloat16 or float16, got {gradient.dtype}")
-    return gradient.contiguous()
+    gradient = gradient.contiguous()
+    return gradient if shapes is None or low_rank else gradient.view(shapes.rows, shapes.cols)
 
 
 def keep_finite(work: list[Work]) -> tuple[list[Work], list[float]]:
@@ -66,7 +69,8 @@ def keep_finite(work: list[Work]) -> tuple[list[Work], list[float]]:
     for item, size in zip(work, _absmax([item.gradient for item in work]), strict=True):
         limit = _LARGEST_GRADIENT
         if item.shapes is not None and not item.low_rank:
-            limit /= math.sqrt(item.shapes.dim)  # so that no entry of R = P G^T is larger
+            # so that no entry of R = P G^T is larger
+            limit /= math.sqrt(math.prod(dim for _, _, dim in item.shapes.sides))
         if size <= limit:
             kept.append(item)
             sizes.append(size)
@@ -97,7 +101,8 @@ def update(work: list[Work]) -> None:
     for item in work:
         target, state = item.target, item.state
         key = (id(item.group), target.weight.device, target.weight.dtype, item.gradient.dtype, state["exp_avg"].dtype)
-        collections.setdefault((*key, target.group_size, item.low_rank), []).append(item)
+        two_sided = item.shapes is not None and item.shapes.side == FULL
+        collections.setdefault((*key, target.group_size, item.low_rank, two_sided), []).append(item)
     for items in collections.values():
         _update_alike(items)
 
@@ -105,7 +110,7 @@ def update(work: list[Work]) -> None:
 def _update_alike(items: list[Work]) -> None:
     first = items[0]
     group, target = first.group, first.target
-    weights = [item.target.weight.detach().contiguous() for item in items]
+    weights = [_as_matrix(item.target.weight.detach().contiguous(), item.shapes) for item in items]
     device = weights[0].device
     none = torch.empty(0, device=device)
     no_zeros = torch.empty(0, dtype=torch.int16, device=device)
@@ -139,11 +144,22 @@ def _update_alike(items: list[Work]) -> None:
     if first.shapes is None:
         ops.adam8_step_(*lists, *counts, **common)
     else:
-        projectors = [[s[key] for s in states] for key in ("proj_codes", "proj_scales", "proj_zeros")]
+        projectors = [[s[f"proj_{part}"] for s in states] for part in PARTS]
         arguments: list[Any] = [*lists, *projectors, [s["side"] for s in states], *counts]
         common.update({key: group[key] for key in ("proj_format", "proj_block", "scale", "compute_dtype")})
+        if first.shapes.side == FULL:
+            common.update({f"right_{part}": [s[f"right_{part}"] for s in states] for part in PARTS})
+        if group["norm_growth_limit"] is not None:
+            common.update(norm_growth_limit=group["norm_growth_limit"], norms=torch.cat([s["norm"] for s in states]))
         ops.galore_step_(*arguments, low_rank=first.low_rank, **common)
+        if group["norm_growth_limit"] is not None:
+            for state, norm in zip(states, common["norms"].split(1), strict=True):
+                state["norm"].copy_(norm)
     _finish(items, weights, stats)
+
+
+def _as_matrix(weight: Tensor, shapes: Projection | None) -> Tensor:
+    return weight if shapes is None else weight.view(shapes.rows, shapes.cols)
 
 
 def _finish(items: list[Work], weights: list[Tensor], stats: Tensor) -> None:
@@ -153,7 +169,7 @@ def _finish(items: list[Work], weights: list[Tensor], stats: Tensor) -> None:
         item.state["bias_step"] += 1
         target = item.target
         if weight.data_ptr() != target.weight.data_ptr():
-            target.weight.copy_(weight)  # a parameter that is not contiguous; copy_ counts as a write by itself
+            target.weight.copy_(weight.view(target.weight.shape))  # a parameter that is not contiguous; copy_ counts as a write by itself
             continue
         # The operators do not count their writes; a zero leaf must not be counted.
         written += [t for t in (target.weight, target.scales, target.zeros) if t is not None]
