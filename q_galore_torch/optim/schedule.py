@@ -14,7 +14,9 @@ from q_galore_torch.optim import moments
 from q_galore_torch.optim.options import longest_gap
 from q_galore_torch.optim.state import PARTS, UNMEASURED, Projection
 
-NOISE = 0.1  # a basis that captures less than this share of what chance leaves has found noise
+# A basis has found noise where it captures, beyond chance, less than this share of what chance leaves, or less than so
+# many standard deviations of what a basis captures of white noise.
+NOISE, DEVIATIONS = 0.1, 4.0
 SIMILARITY, CAPTURED, HELD_OUT = 0, 1, 2  # places in a state's ``measured``
 
 
@@ -194,7 +196,10 @@ def compare(state: dict[str, Any], group: dict[str, Any], shapes: Projection, gr
     new = energy(gradient, shapes, decoded_bases(state, group, shapes))
     old = energy(gradient, shapes, decoded_bases(state, group, shapes, past=True))
     found = new - chance
-    similarity = 0.0 if found < NOISE * (1 - chance) else min(1.0, max(0.0, (old - chance) / found))
+    # Of k x d independent normal entries, r vectors capture a share Beta(k r / 2, k (d - r) / 2).
+    deviation = math.sqrt(2 * chance * (1 - chance) / gradient.numel())
+    noise = max(NOISE * (1 - chance), DEVIATIONS * deviation)
+    similarity = 0.0 if found < noise else min(1.0, max(0.0, (old - chance) / found))
     for name, _, _ in shapes.sides:
         for part in PARTS:
             state[f"past_{name}_{part}"] = state[f"past_{name}_{part}"].new_empty(0)
