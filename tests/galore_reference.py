@@ -23,38 +23,58 @@ def low_rank_stream(rows: int, cols: int, steps: int, seed: int = 0) -> list[Ten
 
 
 class Reference:
-    """One matrix: W, m and v in float64; the basis is handed in."""
+    """One weight: W, m and v in float64; the bases are handed in. One of more dimensions is cut before dimension ``cut``."""
 
-    def __init__(self, weight: Tensor, group: dict[str, Any]) -> None:
+    def __init__(self, weight: Tensor, group: dict[str, Any], cut: int = 1) -> None:
+        self.matrix = weight.shape[:cut].numel(), weight.shape[cut:].numel()
         self.weight, self.group = weight.detach().double().clone(), group
         self.m: Tensor | float = 0.0
         self.v: Tensor | float = 0.0
         self.t = 0
 
-    def step(self, gradient: Tensor, basis: Tensor, right: bool) -> Tensor:
-        """Adam on R = P G^T (right) or P G (left), decay before the update; returns N."""
-        g, p, o = gradient.double(), basis.double(), self.group
+    def step(self, gradient: Tensor, bases: dict[str, Tensor]) -> Tensor:
+        """Adam on R, R = P_L G P_R^T with those of the two bases that there are, decay before the update; returns N.
+
+        R has one row per basis vector: it is transposed where only the right side is projected.
+        """
+        g, o = gradient.double().reshape(self.matrix), self.group
+        left, right = (bases[side].double() if side in bases else None for side in ("left", "right"))
         beta1, beta2 = o["betas"]
         self.t += 1
-        r = p @ (g.t() if right else g)
+        r = g if right is None else g @ right.t()
+        r = r.t() if left is None else left @ r
         self.m = beta1 * self.m + (1 - beta1) * r
         self.v = beta2 * self.v + (1 - beta2) * r * r
         m, v = self.m / (1 - beta1**self.t), self.v / (1 - beta2**self.t)
         n = m / (v.sqrt() + o["eps"])
-        update = n.t() @ p if right else p.t() @ n
+        update = n.t() if left is None else left.t() @ n
+        update = update if right is None else update @ right
+        update = update.reshape(self.weight.shape)
         self.weight = self.weight * (1 - o["lr"] * o["weight_decay"]) - o["lr"] * o["scale"] * update
         return n
 
 
-def decoded_basis(opt: QGaLoreAdamW8bit, parameter: Tensor) -> Tensor:
-    """The basis that the last step used (plain parameters) or the next one will use."""
+def decoded_bases(opt: QGaLoreAdamW8bit, parameter: Tensor) -> dict[str, Tensor]:
+    """The bases "right" and "left" that the last step used (plain parameters) or the next one will use."""
     state, group = opt.state[parameter], opt.param_groups[0]
-    return ops.projector_dequantize(
-        *(state[f"proj_{part}"] for part in ("codes", "scales", "zeros")),
-        group["proj_format"],
-        group["proj_block"],
-        state["dim"],
-    )
+    stored = {"proj": ("right" if state["side"] == 0 else "left", state["dim"])}
+    if state["side"] == 2:
+        stored["right"] = ("right", state["right_dim"])
+    return {
+        side: ops.projector_dequantize(
+            *(state[f"{name}_{part}"] for part in ("codes", "scales", "zeros")),
+            group["proj_format"],
+            group["proj_block"],
+            dim,
+        )
+        for name, (side, dim) in stored.items()
+    }
+
+
+def decoded_basis(opt: QGaLoreAdamW8bit, parameter: Tensor) -> Tensor:
+    """The same where one side is projected."""
+    (basis,) = decoded_bases(opt, parameter).values()
+    return basis
 
 
 def decoded_moments(state: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import q_galore_torch as qg
-from galore_reference import Reference, decoded_basis, decoded_moments, low_rank_stream
-from q_galore_torch import ops
+from galore_reference import Reference, decoded_bases, decoded_basis, decoded_moments, low_rank_stream
+from q_galore_torch import ops, subspace
 
 SHAPES = {"tall": (160, 96), "wide": (96, 160), "square": (96, 96), "prime": (101, 67)}
 
@@ -21,30 +21,86 @@ def optimizer(parameter: Tensor, rank: int = 16, **options: object) -> qg.QGaLor
     return qg.QGaLoreAdamW8bit([{"params": [parameter], "rank": rank, **options}], **constructor)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fifty_steps_agree_with_float64(shape: str, weight_decay: float) -> None:
-    rows, cols = SHAPES[shape]
-    weight = nn.Parameter(0.02 * torch.randn(rows, cols))
-    opt = optimizer(
-        weight,
-        lr=0.01,
-        weight_decay=weight_decay,
-        update_proj_gap=20,
-        proj_format="float32",
-        moments_dtype="float32",
-    )
-    plain, start = Reference(weight, opt.param_groups[0]), weight.detach().double().clone()
-    bases = set()
-    for gradient in low_rank_stream(rows, cols, 50):
+TYPES = ["std", "reverse_std", "right", "left", "full"]
+PLAIN = dict(lr=0.01, update_proj_gap=20, proj_format="float32", moments_dtype="float32", lazy_rule="fixed")
+
+
+def fifty_steps(weight: nn.Parameter, opt: qg.QGaLoreAdamW8bit, gradients: list[Tensor], cut: int = 1) -> tuple[float, int]:
+    """The distance from float64 after all steps relative to the way gone, and how many bases were used."""
+    plain, start = Reference(weight, opt.param_groups[0], cut), weight.detach().double().clone()
+    used = set()
+    for gradient in gradients:
         weight.grad = gradient
         opt.step()
-        basis = decoded_basis(opt, weight)
-        bases.add(basis.sum().item())
-        plain.step(gradient, basis, right=rows >= cols)
-    error = (weight.double() - plain.weight).norm() / (plain.weight - start).norm()
+        bases = decoded_bases(opt, weight)
+        used.add(tuple(basis.sum().item() for basis in bases.values()))
+        plain.step(gradient, bases)
+    return ((weight.double() - plain.weight).norm() / (plain.weight - start).norm()).item(), len(used)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("proj_type", TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fifty_steps_agree_with_float64(shape: str, proj_type: str, weight_decay: float) -> None:
+    rows, cols = SHAPES[shape]
+    weight = nn.Parameter(0.02 * torch.randn(rows, cols))
+    opt = optimizer(weight, proj_type=proj_type, weight_decay=weight_decay, **PLAIN)
+    right, left = (rows >= cols) == (proj_type == "std"), (rows < cols) == (proj_type == "std")
+    expected = {"right": {"right"}, "left": {"left"}, "full": {"left", "right"}}
+    sides = expected.get(proj_type, {"right"} if right else {"left"} if left else set())
+    assert set(decoded_bases(opt, weight)) == sides
+    error, bases = fifty_steps(weight, opt, low_rank_stream(rows, cols, 50))
     assert error <= 1e-5
-    assert len(bases) == 3  # steps 0, 20, 40: parameter 0 has phase 0
+    assert bases == 3  # steps 0, 20, 40: parameter 0 has phase 0
+
+
+@pytest.mark.parametrize("proj_type", TYPES)
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+@pytest.mark.parametrize("rank", [1, 23, 24, 25, 1000])
+def test_ranks_up_to_and_beyond_the_shorter_side(shape: tuple[int, int], rank: int, proj_type: str) -> None:
+    """The rank is clipped to min(m, n); a basis that spans its whole space is never refreshed."""
+    weight = nn.Parameter(0.02 * torch.randn(shape))
+    opt = optimizer(weight, rank=rank, proj_type=proj_type, **{**PLAIN, "update_proj_gap": 3})
+    assert opt.state[weight]["exp_avg"].shape[0] == min(rank, 24)
+    error, bases = fifty_steps(weight, opt, low_rank_stream(*shape, 10))
+    assert error <= 1e-5
+    ((name, basis), *more) = decoded_bases(opt, weight).items()
+    whole = not more and rank >= 24 and basis.shape[1] == 24
+    assert bases == (1 if whole else 4)
+
+
+@pytest.mark.parametrize("proj_type", TYPES)
+@pytest.mark.parametrize(
+    ("shape", "matrix", "cut"),
+    [
+        ((32, 8, 3, 3), (32, 72), 1),  # a convolution: out x (in h w)
+        ((24, 16, 5), (24, 80), 1),
+        ((4, 24, 12), (96, 12), 2),  # stacked experts: (experts out) x in
+        ((6, 5, 4, 3, 2), (30, 24), 2),
+        ((1, 16, 1, 12), (16, 12), 2),
+    ],
+)
+def test_weights_of_more_dimensions_are_projected_as_matrices(
+    shape: tuple[int, ...], matrix: tuple[int, int], cut: int, proj_type: str
+) -> None:
+    assert subspace.matrix_shape(shape) == matrix
+    weight = nn.Parameter(0.02 * torch.randn(shape))
+    opt = optimizer(weight, rank=6, proj_type=proj_type, **{**PLAIN, "update_proj_gap": 5})
+    gradients = [gradient.view(shape) for gradient in low_rank_stream(*matrix, 50)]
+    error, bases = fifty_steps(weight, opt, gradients, cut)
+    assert error <= 1e-5 and bases == 10 and weight.shape == shape
+
+
+def test_channels_last_convolutions_are_updated_like_contiguous_ones() -> None:
+    values, gradient = 0.02 * torch.randn(16, 8, 3, 3), 1e-3 * torch.randn(16, 8, 3, 3)
+    straight, last = nn.Parameter(values.clone()), nn.Parameter(values.to(memory_format=torch.channels_last))
+    assert not last.is_contiguous()
+    for parameter in (straight, last):
+        opt = optimizer(parameter, rank=4, lr=0.01)
+        for _ in range(3):
+            parameter.grad = gradient.clone(memory_format=torch.preserve_format)
+            opt.step()
+    assert torch.equal(straight, last) and last.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,7 +116,7 @@ def test_eight_bit_moments_and_int4_agree_with_float64_of_the_same_codes(shape: 
         plain.t = opt.state[weight]["bias_step"]
         start, weight.grad = weight.detach().double().clone(), gradient
         opt.step()
-        plain.step(gradient, decoded_basis(opt, weight), right=rows >= cols)
+        plain.step(gradient, decoded_bases(opt, weight))
         assert (weight.double() - plain.weight).norm() <= 1e-5 * (plain.weight - start).norm()
         m, v = decoded_moments(opt.state[weight])
         # Half a step of the top decade: 0.45 / 64 and 0.45 / 128 of the absmax. The sign survives.
@@ -79,7 +135,7 @@ def test_half_precision_gradients_and_weights(shape: str, dtype: torch.dtype) ->
     for gradient in low_rank_stream(rows, cols, 20):
         weight.grad = gradient.to(dtype)
         opt.step()
-        plain.step(weight.grad, decoded_basis(opt, weight), right=rows >= cols)
+        plain.step(weight.grad, decoded_bases(opt, weight))
     assert weight.dtype == dtype
     error = (weight.double() - plain.weight).norm() / (plain.weight - start).norm()
     # Each rounding is at most one (stochastic) or half a unit of the last place, independent from step to step.
