@@ -4,6 +4,7 @@ of update and refresh."""
 from __future__ import annotations
 
 import collections
+import copy
 import math
 from typing import Any
 
@@ -75,6 +76,41 @@ def test_low_rank_leaves_are_spread_from_the_start_and_then_follow_their_phases(
         first = index % 8
         later = next_phase_step(first, stagger_phase(index, gap), gap)
         assert seen[index] == [first, *range(later, 70, gap)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "leaf"])
+def test_no_step_has_two_of_56_matrices_and_the_phases_survive_a_resume(kind: str) -> None:
+    """After the first bases, with a gap of 200; the dates are the same after a resume."""
+
+    def make() -> tuple[list[Any], list[Any], qg.QGaLoreAdamW8bit]:
+        if kind == "plain":
+            parameters = matrices(56, 3, 2)
+            groups = [{"params": parameters, "rank": 1, "subspace": "random"}]
+            return parameters, parameters, qg.QGaLoreAdamW8bit(groups, lr=0.0)
+        layers = list(qg.prepare_model(tiny_model(56, 2), 1, ".*", weight_bits=None))
+        groups = qg.param_groups(nn.Sequential(*layers), subspace="random")
+        return layers, [layer.leaf for layer in layers], qg.QGaLoreAdamW8bit(groups, lr=0.0)
+
+    owners, parameters, opt = make()
+    gradient, counts, seen = torch.ones(parameters[0].shape), [], []
+    for step in range(430):
+        if step == 250:
+            state = copy.deepcopy(opt.state_dict())
+            owners, parameters, opt = make()
+            opt.load_state_dict(state)
+        before = [s["refreshes"] for s in opt.state.values()]
+        for parameter in parameters:
+            parameter.grad = gradient
+        opt.step()
+        new = [i for i, (a, s) in enumerate(zip(before, opt.state.values(), strict=True)) if s["refreshes"] > a]
+        seen += [(step, index) for index in new]
+        counts.append(len(new))
+    first = 1 if kind == "plain" else max(8, math.ceil(56 / 8))
+    assert sum(counts[:first]) >= 56 and max(counts[:first]) <= (56 if kind == "plain" else 8)
+    assert max(counts[first:]) == 1  # no two phases of so few are the same
+    for index in range(56):
+        dates = [step for step, i in seen if i == index and step >= first]
+        assert [date % 200 for date in dates] == [stagger_phase(index, 200)] * len(dates) and len(dates) >= 2
 
 
 def test_phases_count_both_kinds_and_ids_count_all() -> None:

@@ -63,6 +63,48 @@ def test_resume_in_a_fresh_process_is_bit_equal(dtype: str, tmp_path: Path) -> N
     assert max(entry.get("refreshes", 0) for entry in opt.telemetry()) >= 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, options) for kind in ("plain", "leaf") for options in ({}, {"moments": "rotate"}, {"moments": "reset"})),
+        ("plain", {"lazy_rule": "upstream"}),
+    ],
+)
+def test_a_resume_at_any_step_is_bit_equal(kind: str, options: dict[str, Any]) -> None:
+    """Also while two bases wait to be compared, with similarities in the queue, and with a stretched gap."""
+    def make() -> tuple[nn.Module, qg.QGaLoreAdamW8bit]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 16, bias=False), nn.Linear(16, 12, bias=False))
+        schedule = {"update_proj_gap": 2, "queue_size": 2, "energy_threshold": 0.05, "cos_threshold": 0.0, **options}
+        if kind == "leaf":
+            qg.prepare_model(model, 4, ".*")
+            return model, qg.QGaLoreAdamW8bit(qg.param_groups(model, **schedule), lr=0.01, min_8bit_size=16)
+        groups = [{"params": list(model.parameters()), "rank": 4, **schedule}]
+        return model, qg.QGaLoreAdamW8bit(groups, lr=0.01, min_8bit_size=16)
+
+    def step(model: nn.Module, opt: qg.QGaLoreAdamW8bit, number: int) -> None:
+        opt.zero_grad()
+        model(torch.randn(20, 12, generator=torch.Generator().manual_seed(number))).square().sum().backward()
+        opt.step()
+
+    model, opt = make()
+    history = [saved(model, opt)]
+    for number in range(16):
+        step(model, opt, number)
+        history.append(saved(model, opt))
+    if options.get("lazy_rule") != "upstream":
+        assert any(entry["optimizer"]["state"][0]["past_proj_codes"].numel() for entry in history)
+        assert any(entry["optimizer"]["state"][0]["queue"].numel() for entry in history)
+    assert history[-1]["optimizer"]["state"][0]["gap"] > 2
+    for start in range(16):
+        other, resumed = make()
+        other.load_state_dict(history[start]["model"])
+        resumed.load_state_dict(history[start]["optimizer"])
+        for number in range(start, min(16, start + 4)):
+            step(other, resumed, number)
+            assert differences(saved(other, resumed), history[number + 1]) == []
+
+
 def environment() -> dict[str, str]:
     import os
 
