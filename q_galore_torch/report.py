@@ -266,6 +266,8 @@ def _short_names(names: Sequence[str]) -> list[str]:
 
 
 def _cut(name: str, letters: int) -> str:
+    """A name that can be drawn, cut in the middle where too long."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
     half = letters // 2 - 1
     return name if len(name) <= letters else f"{name[:half]}…{name[-half:]}"
 
@@ -530,7 +532,7 @@ def _layer_table(run: _Run) -> str:
 
 
 def _flag_table(run: _Run) -> str:
-    rows = [_row([name, str(value)]) for name, value in run.flags.items() if value is not None]
+    rows = [_row([f"--{name}", str(value)]) for name, value in run.flags.items() if value is not None]
     if not rows:
         return "<p>No data.</p>"
     body = "\n".join(rows)
