@@ -579,7 +579,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> tuple[Path, 
 
     Raises:
         ReportError: There is no log, it has no records or a damaged one, matplotlib is not installed, or the folder
-            cannot be written to. Nothing is written then.
+            cannot be written to. No file is left half written then.
     """
     log = _log_of(Path(run))
     data = _read(log)
