@@ -14,7 +14,6 @@ import math
 import os
 import re
 import statistics
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -556,15 +555,12 @@ def _page(run: _Run, picture: bytes) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     """Complete or not at all: a page that is open in a browser is never half a page."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> tuple[Path, Path]:

@@ -472,3 +472,32 @@ def test_bad_command_line_is_one_sentence(words: list[str], sentence: str, capsy
     assert command_line.main(["report", *words]) == 2
     usage = "usage: python -m q_galore_torch info | report RUN [--out FOLDER]"
     assert capsys.readouterr().err == f"q_galore_torch: {sentence}; {usage}\n"
+
+
+# ---------------------------------------------------------------- with the optimizer
+
+
+def test_loop_of_the_page_gives_a_log_that_is_read(tmp_path: Path) -> None:
+    """docs/report.md shows the lines to write; here they run with a real optimizer."""
+    import torch
+
+    import q_galore_torch as qg
+
+    page = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    (lines,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(48, 32, bias=False))
+    qg.prepare_model(model, rank=4, target_modules="all-linear")
+    opt = qg.QGaLoreAdamW8bit(qg.param_groups(model, rank=4, update_proj_gap=4), lr=0.01)
+    with open(tmp_path / "log.jsonl", "w") as log:
+        for step in range(1, 13):
+            loss = model(torch.randn(8, 32)).square().mean()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            exec(lines, {"json": json, "log": log, "step": step, "loss": loss, "opt": opt})
+    run = report._read(tmp_path / "log.jsonl")
+    told = {entry["name"]: entry["refreshes"] for entry in opt.telemetry() if "refreshes" in entry}
+    assert told and {layer.name: layer.counts[-1][1] for layer in run.layers} == told
+    assert len(run.train) == 12 and run.base_gap == 4
+    assert all(page_of(tmp_path)[name][0] == str(refreshes) for name, refreshes in told.items())
