@@ -35,7 +35,7 @@ from pretrain.errors import UsageError
 from pretrain.flags import parse_flags
 from pretrain.losses import evaluate, summed_loss
 from pretrain.model import build_model, read_config_json
-from pretrain.optimizers import build_optimizer, count_refreshes
+from pretrain.optimizers import build_optimizer
 from pretrain.report import (
     MIB,
     RunLog,
@@ -49,6 +49,7 @@ from pretrain.report import (
 )
 from pretrain.schedules import make_scheduler
 from pretrain.stopping import StopRequest
+from pretrain.telemetry import SubspaceLog, count_refreshes
 
 # Written into every checkpoint: a run can only be continued with the same values.
 IDENTITY = (
@@ -138,12 +139,17 @@ class Trainer:
             self.log = RunLog(self.folder, args.num_training_steps, self.step, wandb)
         except OSError as error:
             raise UsageError(f"cannot write into --save_dir {self.folder}: {error.strerror}") from None
+        self.subspaces = SubspaceLog(self.optimizer, self.log.kept)
         try:
+            self.log.record("run", self.step, name=args.name, flags=vars_for_log(args))
+            self._log_subspaces()  # in a folder of its own, a continued run begins with what was done before
             print(f"{args.name}: {self.parameters:,} weights, {args.optimizer}, {args.dtype} on {self.device}")
             print(self.corpus.description, flush=True)
             if args.eval_at_start and self.step == 0:
                 self.first_loss = self.evaluate()
             self._train()
+            if entries := self.subspaces.entries():
+                self.log.record("telemetry", self.step, parameters=entries)
             self.save()
             loss = None if self.stop.asked else self.evaluate()
             if not self.stop.asked:
@@ -171,7 +177,7 @@ class Trainer:
                 "tokens": self.step * tokens_per_update,
                 "tokens_per_second": tokens / seconds,
                 "peak_memory": peak_memory(self.device),
-                "refreshes": count_refreshes(self.optimizer),
+                "refreshes": self._log_subspaces(),
             }
             self.log.record("train", self.step, **values)
             self.log.advance(loss)
@@ -182,6 +188,13 @@ class Trainer:
                 self.save()
             if self.step % args.eval_every == 0 and self.step < last and not self.stop.asked:
                 self.evaluate()
+
+    def _log_subspaces(self) -> int:
+        """A record of the subspaces that changed, if any did; returns the number of refreshes so far."""
+        entries = self.subspaces.entries()
+        if changed := self.subspaces.changed(entries):
+            self.log.record("telemetry", self.step, parameters=changed)
+        return count_refreshes(entries)
 
     def update(self) -> tuple[float, float]:
         """One update from gradient_accumulation micro-batches: mean loss over its tokens, norm of its gradient."""

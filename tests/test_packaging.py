@@ -325,8 +325,9 @@ def test_info_says_why_cuda_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "q_galore_torch: no command given; usage: python -m q_galore_torch info\n"),
-        (["plan", "7b"], "q_galore_torch: unknown command 'plan 7b'; usage: python -m q_galore_torch info\n"),
+        ([], "q_galore_torch: no command given; usage: python -m q_galore_torch info | report RUN [--out FOLDER]\n"),
+        (["plan", "7b"], f"q_galore_torch: unknown command 'plan 7b'; {command_line._USAGE}\n"),
+        (["info", "7b"], f"q_galore_torch: unknown command 'info 7b'; {command_line._USAGE}\n"),
     ],
 )
 def test_unknown_command_is_one_sentence(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

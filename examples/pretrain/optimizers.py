@@ -70,9 +70,9 @@ def _groups(qg: ModuleType, model: nn.Module, args: argparse.Namespace) -> tuple
     projection: dict[str, Any] = {"update_proj_gap": args.update_proj_gap, "scale": args.galore_scale}
     if args.optimizer in QUANTISED:
         return _quantised_groups(qg, model, args, projection)
-    matrices = [module.weight for name, module in model.named_modules() if is_projected(name, module)]
-    chosen = {id(weight) for weight in matrices}
-    regular = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    matrices = [(name, module.weight) for name, module in model.named_modules() if is_projected(name, module)]
+    chosen = {id(weight) for _, weight in matrices}
+    regular = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in chosen]
     projection.update(rank=args.rank, proj_type=args.proj_type, proj_format="float32")
     moments = "float32" if args.optimizer == "galore_adamw" else "dynamic8"
     return [{"params": regular}, {"params": matrices, **projection}], {"moments_dtype": moments}
@@ -105,13 +105,3 @@ def _quantised_groups(
         projection["proj_format"] = "float32"
     qg.prepare_model(model, **prepared)
     return qg.param_groups(model, rank=args.rank, **projection), keywords
-
-
-def count_refreshes(optimizer: Optimizer) -> int:
-    """Subspaces computed so far, over all matrices; 0 for optimizers without subspaces."""
-    telemetry = getattr(optimizer, "telemetry", None)
-    if telemetry is None:
-        return 0
-    entries = telemetry()
-    rows = entries.values() if isinstance(entries, dict) else entries
-    return sum(int(row.get("refreshes", 0)) for row in rows)

@@ -20,8 +20,8 @@ MIB = 2**20
 class RunLog:
     """Writes records to ``log.jsonl`` and lines to the terminal.
 
-    Every record has ``kind`` ("train", "eval" or "summary") and ``step``. A continued run keeps the records up to
-    the step it continues from and appends to them.
+    Every record has ``kind`` ("run", "train", "telemetry", "eval" or "summary") and ``step``. A continued run keeps the
+    records up to the step it continues from (``kept``) and appends to them.
 
     Args:
         folder: Folder of the run, made if needed.
@@ -33,9 +33,9 @@ class RunLog:
     def __init__(self, folder: Path, total_steps: int, done: int = 0, wandb: Any = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "log.jsonl"
-        kept = [record for record in read_records(self.path) if done and record["step"] <= done]
+        self.kept = [record for record in read_records(self.path) if done and record["step"] <= done]
         self._file = open(self.path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed in close()
-        for record in kept:
+        for record in self.kept:
             self._file.write(json.dumps(record) + "\n")
         self.total_steps, self._wandb = total_steps, wandb
         self._bar = self._make_bar(done)
@@ -55,7 +55,9 @@ class RunLog:
         clean = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, **clean}) + "\n")
         if self._wandb is not None:
-            self._wandb.log({f"{kind}/{name}": value for name, value in clean.items()}, step=step)
+            numbers = {name: value for name, value in clean.items() if not isinstance(value, (dict, list))}
+            if numbers:
+                self._wandb.log({f"{kind}/{name}": value for name, value in numbers.items()}, step=step)
 
     def line(self, text: str) -> None:
         """One line on the terminal, above the progress bar."""
