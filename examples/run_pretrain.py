@@ -56,7 +56,8 @@ IDENTITY = (
     "seed", "dtype", "max_length", "tokenizer", "batch_size", "gradient_accumulation", "grad_clipping", "optimizer",
     "lr", "scheduler", "min_lr_ratio", "warmup_steps", "weight_decay", "beta1", "beta2", "rank", "update_proj_gap",
     "galore_scale", "proj_type", "proj_quant", "proj_bits", "proj_group_size", "weight_quant", "weight_bits",
-    "weight_group_size", "stochastic_round", "cos_threshold", "gamma_proj", "queue_size",
+    "weight_group_size", "stochastic_round", "lazy_rule", "energy_threshold", "cos_threshold", "gamma_proj",
+    "queue_size",
 )  # fmt: skip
 
 # A CPU gains nothing from more tokens at once, but the activations of 65,536 of them take 40 GB in a LLaMA-130M. The

@@ -23,7 +23,7 @@ def low_rank_stream(rows: int, cols: int, steps: int, seed: int = 0) -> list[Ten
 
 
 class Reference:
-    """One weight: W, m and v in float64; the bases are handed in. One of more dimensions is cut before dimension ``cut``."""
+    """One weight: W, m and v in float64, the bases are handed in. Dimensions before ``cut`` are rows."""
 
     def __init__(self, weight: Tensor, group: dict[str, Any], cut: int = 1) -> None:
         self.matrix = weight.shape[:cut].numel(), weight.shape[cut:].numel()

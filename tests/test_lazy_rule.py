@@ -17,7 +17,7 @@ ROWS, COLS, RANK, GAP = 48, 32, 4, 4
 
 
 def signal(moving_from: float = math.inf, moving_to: float = math.inf, rate: float = 0.25) -> Iterator[Tensor]:
-    """Gradients of a four-dimensional row space under noise; the space rotates by ``rate`` rad a step while it moves."""
+    """Gradients of a four-dimensional row space under noise; while it moves it rotates by ``rate`` rad a step."""
     generator = torch.Generator().manual_seed(0)
     space, _ = torch.linalg.qr(torch.randn(COLS, 2 * RANK, generator=generator))
     angle, step = 0.0, 0
@@ -49,7 +49,7 @@ class Plain:
 
 
 class Leaf:
-    """A low-rank layer whose full gradient is given: with the identity as its input G is what its output is summed by."""
+    """A low-rank layer whose full gradient is given: with the identity as input, G is what the output is weighted by."""
 
     def __init__(self, **options: Any) -> None:
         options = defaults(options)

@@ -25,7 +25,9 @@ TYPES = ["std", "reverse_std", "right", "left", "full"]
 PLAIN = dict(lr=0.01, update_proj_gap=20, proj_format="float32", moments_dtype="float32", lazy_rule="fixed")
 
 
-def fifty_steps(weight: nn.Parameter, opt: qg.QGaLoreAdamW8bit, gradients: list[Tensor], cut: int = 1) -> tuple[float, int]:
+def fifty_steps(
+    weight: nn.Parameter, opt: qg.QGaLoreAdamW8bit, gradients: list[Tensor], cut: int = 1
+) -> tuple[float, int]:
     """The distance from float64 after all steps relative to the way gone, and how many bases were used."""
     plain, start = Reference(weight, opt.param_groups[0], cut), weight.detach().double().clone()
     used = set()

@@ -160,13 +160,19 @@ def test_evaluation_takes_all_held_out_tokens_unless_told(tmp_path: Path) -> Non
 
 
 def test_lazy_rule_flags_save_refreshes(tmp_path: Path) -> None:
-    """Every cosine reaches -1, so the gap doubles as soon as the queue of one is full."""
-    flags = {**Q_GALORE, "num_training_steps": 30}
-    steady = run(tmp_path, **flags)
-    lazy = {"cos_threshold": -1, "gamma_proj": 2, "queue_size": 1}
-    stretched = run(tmp_path, **flags, **lazy, save_dir=tmp_path / "lazy")
-    counts = [max(row.get("refreshes", 0) for row in rows) for rows in (steady, stretched)]
-    assert 0 < counts[1] < 0.6 * counts[0]
+    """Every cosine reaches -1 and nearly every similarity 0.01, so a queue of one doubles the gap each time."""
+    flags = {**Q_GALORE, "num_training_steps": 30, "gamma_proj": 2, "queue_size": 1}
+    rules: dict[str, dict[str, Any]] = {
+        "fixed": {},
+        "upstream": {"cos_threshold": -1},
+        "energy": {"energy_threshold": 0.01},
+    }
+    counts = {}
+    for rule, options in rules.items():
+        rows = run(tmp_path, **flags, **options, lazy_rule=rule, save_dir=tmp_path / rule)
+        counts[rule] = max(row.get("refreshes", 0) for row in rows)
+    assert 0 < counts["upstream"] < 0.6 * counts["fixed"]
+    assert 0 < counts["energy"] < 0.7 * counts["fixed"]
 
 
 def test_memory_line_counts_real_bytes(tmp_path: Path) -> None:

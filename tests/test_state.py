@@ -66,12 +66,17 @@ def test_resume_in_a_fresh_process_is_bit_equal(dtype: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        *((kind, options) for kind in ("plain", "leaf") for options in ({}, {"moments": "rotate"}, {"moments": "reset"})),
+        *(
+            (kind, options)
+            for kind in ("plain", "leaf")
+            for options in ({}, {"moments": "rotate"}, {"moments": "reset"})
+        ),
         ("plain", {"lazy_rule": "upstream"}),
     ],
 )
 def test_a_resume_at_any_step_is_bit_equal(kind: str, options: dict[str, Any]) -> None:
     """Also while two bases wait to be compared, with similarities in the queue, and with a stretched gap."""
+
     def make() -> tuple[nn.Module, qg.QGaLoreAdamW8bit]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 16, bias=False), nn.Linear(16, 12, bias=False))
@@ -120,7 +125,9 @@ def test_state_holds_tensors_numbers_and_strings_and_its_keys_never_change() -> 
     train(model, opt, 0, 9)
     after = opt.state_dict()
     assert [list(state) for state in after["state"].values()] == keys
-    assert [[v.dtype if isinstance(v, Tensor) else type(v) for v in s.values()] for s in after["state"].values()] == kinds
+    assert [
+        [v.dtype if isinstance(v, Tensor) else type(v) for v in s.values()] for s in after["state"].values()
+    ] == kinds
     assert all(isinstance(x, (Tensor, int, float, str, type(None))) for x in leaves_of(after))
     assert all(type(x) is Tensor for x in leaves_of(after) if isinstance(x, Tensor))
     assert after["param_groups"][1]["seed"] == 5

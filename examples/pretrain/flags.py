@@ -124,9 +124,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight_group_size", type=int, default=256, help="default 256")
     add("--stochastic_round", action="store_true", help="round INT8 weights stochastically; otherwise to nearest")
     add("--simulation", action="store_true", help=NOT_YET)
-    add("--cos_threshold", type=float, help="turns on the public lazy rule: refresh less often above this cosine")
-    add("--gamma_proj", type=float, help="the same, with this factor for the gap")
-    add("--queue_size", type=int, help="the same, over so many cosines")
+    add(
+        "--lazy_rule",
+        default="energy",
+        choices=["energy", "upstream", "fixed"],
+        help="what stretches the gap: the energy that the basis before still captures (default), the public code's "
+        "cosine, or nothing",
+    )
+    add("--energy_threshold", type=float, help="the energy rule stretches the gap from here on (default 0.85)")
+    add("--cos_threshold", type=float, help="the same of the upstream rule (default 0.4)")
+    add("--gamma_proj", type=float, help="factor of a stretch (default 2)")
+    add("--queue_size", type=int, help="similarities whose mean decides (default 5)")
     add("--single_gpu", action="store_true", help=NOT_YET)
 
     add = parser.add_argument_group("evaluation, checkpoints, logs").add_argument

@@ -74,6 +74,7 @@ def _groups(qg: ModuleType, model: nn.Module, args: argparse.Namespace) -> tuple
     chosen = {id(weight) for _, weight in matrices}
     regular = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in chosen]
     projection.update(rank=args.rank, proj_type=args.proj_type, proj_format="float32")
+    projection.update(subspace="svd", lazy_rule="fixed")  # GaLore as published
     moments = "float32" if args.optimizer == "galore_adamw" else "dynamic8"
     return [{"params": regular}, {"params": matrices, **projection}], {"moments_dtype": moments}
 
@@ -94,11 +95,10 @@ def _quantised_groups(
         keywords["stochastic_round"] = args.stochastic_round
     else:
         prepared["weight_bits"] = None
-    lazy = {name: getattr(args, name) for name in ("cos_threshold", "gamma_proj", "queue_size")}
-    lazy = {name: value for name, value in lazy.items() if value is not None}
-    if lazy:  # the public rule compares singular vectors of full gradients
+    lazy = {name: getattr(args, name) for name in ("energy_threshold", "cos_threshold", "gamma_proj", "queue_size")}
+    projection.update({name: value for name, value in lazy.items() if value is not None}, lazy_rule=args.lazy_rule)
+    if args.lazy_rule == "upstream":  # it compares singular vectors of full gradients
         prepared["grad_mode"] = "full"
-        projection.update(lazy, lazy_rule="upstream")
     if args.proj_quant:
         projection.update(quant=True, quant_n_bit=args.proj_bits, quant_group_size=args.proj_group_size)
     else:

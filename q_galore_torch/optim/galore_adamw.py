@@ -45,10 +45,10 @@ class QGaLoreAdamW8bit(Optimizer):
             stochastic_round`` a group takes ``rank`` and with it ``update_proj_gap`` (200), ``scale`` (0.25),
             ``proj_type`` ("std", "reverse_std", "right", "left" or "full"), ``proj_format`` ("int4") and ``proj_block``
             or ``quant, quant_n_bit, quant_group_size``, ``subspace`` ("warm", "svd" or "random"), ``lazy_rule``
-            ("energy", "upstream" or "fixed") with ``energy_threshold`` (0.85) or ``cos_threshold`` (0.4), ``gamma_proj``
-            (2), ``queue_size`` (5) and ``max_proj_gap`` (16 gaps), ``moments`` ("keep", "rotate" or "reset") and
-            ``norm_growth_limit`` (None). A weight of more than two dimensions is projected as the matrix that
-            :func:`q_galore_torch.subspace.matrix_shape` names.
+            ("energy", "upstream" or "fixed") with ``energy_threshold`` (0.85) or ``cos_threshold`` (0.4),
+            ``gamma_proj`` (2), ``queue_size`` (5) and ``max_proj_gap`` (16 gaps), ``moments`` ("keep", "rotate" or
+            "reset") and ``norm_growth_limit`` (None). A weight of more than two dimensions is projected as the matrix
+            that :func:`q_galore_torch.subspace.matrix_shape` names.
         lr: learning rate, default 1e-3; a number or a tensor of one element.
         betas: decay rates of the moments, default (0.9, 0.999).
         eps: added to the root of the second moment, default 1e-8.
@@ -376,10 +376,10 @@ class QGaLoreAdamW8bit(Optimizer):
         Returns:
             One dict per parameter: ``name``, ``id``, ``step``, ``groups_shifted`` and ``groups_reranged`` (INT8 groups,
             since the start). For projected ones also ``refreshes``, ``last_refresh`` (the parameter's step, -1 before
-            it), ``gap`` (steps), ``similarity`` (of the last two bases), ``captured_energy`` (share of the gradient that
-            the newest basis was made from, before quantisation), ``held_out_energy`` (share that it captured of the next
-            gradient, as stored), ``seconds`` (spent on its refreshes by this object) and ``qr_fallbacks``. What has not
-            been measured yet is None; only ``lazy_rule="energy"`` measures the held-out energy.
+            it), ``gap`` (steps), ``similarity`` (of the last two bases), ``captured_energy`` (share of the gradient
+            that the newest basis was made from, before quantisation), ``held_out_energy`` (share that it captured of
+            the next gradient, as stored), ``seconds`` (spent on its refreshes by this object) and ``qr_fallbacks``.
+            What has not been measured yet is None; only ``lazy_rule="energy"`` measures the held-out energy.
         """
         self._adopt()
         report = []

@@ -83,7 +83,7 @@ def _decoded(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _store(state: dict[str, Any], first: Tensor, second: Tensor) -> None:
-    """As Adam itself stores them: neither the sign of a first moment nor a second moment is lost to the code of zero."""
+    """As Adam itself stores them: no sign of a first moment and no second moment is lost to the code of zero."""
     if state["exp_avg"].dtype != torch.uint8:
         state["exp_avg"].copy_(first)
         state["exp_avg_sq"].copy_(second)

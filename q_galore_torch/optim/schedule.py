@@ -151,11 +151,12 @@ def decoded_bases(state: dict[str, Any], group: dict[str, Any], shapes: Projecti
     prefix = "past_" if past else ""
     return [
         ops.projector_dequantize(
-            *(state[f"{prefix}{name}_{part}"] for part in PARTS),
+            state[f"{prefix}{name}_codes"],
+            state[f"{prefix}{name}_scales"],
+            state[f"{prefix}{name}_zeros"],
             group["proj_format"],
             group["proj_block"],
             dim,
-            torch.float32,
         )
         for name, _, dim in shapes.sides
     ]

@@ -4,11 +4,11 @@ Every parameter: ``id`` and ``step`` (both drive the rounding noise), ``bias_ste
 ``exp_avg_sq`` (float32, or uint8 codes with ``exp_avg_absmax`` and ``exp_avg_sq_absmax``), ``range_stats`` (int64 [2]:
 INT8 groups shifted and re-ranged). A projected one also:
 
-- ``number`` (of projected parameters), ``side``, ``dim`` and the projector ``proj_codes, proj_scales, proj_zeros``; where
-  both sides are projected these are the left one's, and ``right_dim, right_codes, right_scales, right_zeros`` the other's;
+- ``number`` (of projected parameters), ``side``, ``dim`` and the projector ``proj_codes, proj_scales, proj_zeros``;
+  where both sides are projected that is the left one, and ``right_dim, right_codes, right_scales, right_zeros`` the other;
 - the schedule: ``gap``, ``phase``, ``last_due``, ``last_refresh``, ``refreshes``, ``qr_fallbacks``;
-- ``queue`` (float64, the last similarities), ``past_...`` (the projector before the newest one, while the two wait to be
-  compared, else empty), ``past_vector`` (float32, for ``lazy_rule="upstream"``, else empty);
+- ``queue`` (float64, the last similarities), ``past_...`` (the projector before the newest one, while the two wait to
+  be compared, else empty), ``past_vector`` (float32, for ``lazy_rule="upstream"``, else empty);
 - ``measured`` (float64 [3]: the last similarity, captured and held-out energy; ``UNMEASURED`` before there is one), and
   ``norm`` (float64 [1]: of the last N, 0 before there is one; empty without ``norm_growth_limit``).
 
@@ -307,4 +307,6 @@ def refuse_parameter(parameter: Tensor, target: Target, group: dict[str, Any], n
         raise ValueError(f"rank must be {parameter.shape[0]}, with which {name} was prepared, got {group['rank']}")
     if tuple(parameter.shape) != shapes.moments:
         kind = group["proj_type"]
-        raise ValueError(f"proj_type must be the one with which {name} was prepared (R {list(parameter.shape)}), got {kind!r}")
+        raise ValueError(
+            f"proj_type must be the one with which {name} was prepared (R {list(parameter.shape)}), got {kind!r}"
+        )
