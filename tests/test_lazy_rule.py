@@ -49,7 +49,7 @@ class Plain:
 
 
 class Leaf:
-    """A low-rank layer whose full gradient is given: with the identity as input, G is what the output is weighted by."""
+    """A low-rank layer with a given full gradient: its input is the identity, its output weighted by G."""
 
     def __init__(self, **options: Any) -> None:
         options = defaults(options)

@@ -5,7 +5,8 @@ Every parameter: ``id`` and ``step`` (both drive the rounding noise), ``bias_ste
 INT8 groups shifted and re-ranged). A projected one also:
 
 - ``number`` (of projected parameters), ``side``, ``dim`` and the projector ``proj_codes, proj_scales, proj_zeros``;
-  where both sides are projected that is the left one, and ``right_dim, right_codes, right_scales, right_zeros`` the other;
+  where both sides are projected this is the left one, and ``right_dim, right_codes, right_scales, right_zeros`` are
+  the other's;
 - the schedule: ``gap``, ``phase``, ``last_due``, ``last_refresh``, ``refreshes``, ``qr_fallbacks``;
 - ``queue`` (float64, the last similarities), ``past_...`` (the projector before the newest one, while the two wait to
   be compared, else empty), ``past_vector`` (float32, for ``lazy_rule="upstream"``, else empty);
