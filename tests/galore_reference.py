@@ -30,7 +30,7 @@ class Reference:
         self.weight, self.group = weight.detach().double().clone(), group
         self.m: Tensor | float = 0.0
         self.v: Tensor | float = 0.0
-        self.t = 0
+        self.t, self.norm = 0, 0.0
 
     def step(self, gradient: Tensor, bases: dict[str, Tensor]) -> Tensor:
         """Adam on R, R = P_L G P_R^T with those of the two bases that there are, decay before the update; returns N.
@@ -47,6 +47,9 @@ class Reference:
         self.v = beta2 * self.v + (1 - beta2) * r * r
         m, v = self.m / (1 - beta1**self.t), self.v / (1 - beta2**self.t)
         n = m / (v.sqrt() + o["eps"])
+        if o["norm_growth_limit"] is not None and self.norm > 0:
+            n = n * min(1.0, o["norm_growth_limit"] * self.norm / n.norm().item())
+        self.norm = n.norm().item()
         update = n.t() if left is None else left.t() @ n
         update = update if right is None else update @ right
         update = update.reshape(self.weight.shape)

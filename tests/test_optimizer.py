@@ -105,6 +105,24 @@ def test_channels_last_convolutions_are_updated_like_contiguous_ones() -> None:
     assert torch.equal(straight, last) and last.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "full"])
+@pytest.mark.parametrize("limit", [1.0, 1.01, 100.0])
+def test_the_norm_of_the_update_grows_by_the_limit_at_most(proj_type: str, limit: float) -> None:
+    """Gradients whose size swings by factors of a hundred: only a limit that is never reached changes nothing."""
+    weight = nn.Parameter(0.02 * torch.randn(48, 32))
+    twin = nn.Parameter(weight.detach().clone())
+    options = {**PLAIN, "proj_type": proj_type, "weight_decay": 0.0}
+    opt = optimizer(weight, norm_growth_limit=limit, **options)
+    unlimited = optimizer(twin, **options)
+    swing = [10.0 ** (2 * math.sin(step)) for step in range(50)]
+    gradients = [s * g for s, g in zip(swing, low_rank_stream(48, 32, 50), strict=True)]
+    assert opt.state[weight]["norm"].tolist() == [0.0] and unlimited.state[twin]["norm"].numel() == 0
+    error, _ = fifty_steps(weight, opt, gradients)
+    assert error <= 1e-5
+    fifty_steps(twin, unlimited, gradients)
+    assert torch.equal(weight, twin) == (limit == 100.0)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_eight_bit_moments_and_int4_agree_with_float64_of_the_same_codes(shape: str) -> None:
     rows, cols = SHAPES[shape]
