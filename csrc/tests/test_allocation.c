@@ -72,7 +72,7 @@ static void every_call(const qg_backend *backend, int threads) {
     qg_linalg linalg = ref_linalg(&context);
     float largest;
     size_t size = 0;
-    qg_step_params params = {sizeof params, 1, 1e-3, 0.9, 0.999, 1e-8, 0.1, 0.25, 1, QG_BFLOAT16};
+    qg_step_params params = {sizeof params, 1, 1e-3, 0.9, 0.999, 1e-8, 0.1, 0.25, 1, QG_BFLOAT16, 0.0};
     qg_weight weight = {codes, scales, zeros, ROWS, COLS, 256, QG_INT8};
     qg_step_task task = {.weight = weight,
         .moments = {exp_avg, exp_avg_sq, absmax[0], absmax[1], 256, QG_DYNAMIC8},

@@ -35,7 +35,7 @@ static qg_step_task good_task(memory *m) {
 }
 
 static qg_step_params good_params(void) {
-    return (qg_step_params){sizeof(qg_step_params), 1, 0.1, 0.9, 0.999, 1e-8, 0.1, 1.0, 1, QG_FLOAT32};
+    return (qg_step_params){sizeof(qg_step_params), 1, 0.1, 0.9, 0.999, 1e-8, 0.1, 1.0, 1, QG_FLOAT32, 0.0};
 }
 
 /* Size queries and steps refuse alike; the list's other task, which is valid, is not run either. */
@@ -143,7 +143,7 @@ static void test_tasks(void) {
         WRONG_TASK(t->bias_step = 0, galore, QG_INVALID_ARGUMENT, "bias_step");
         WRONG_TASK(t->noise_step = -1, galore, QG_INVALID_ARGUMENT, "noise_step");
     }
-    WRONG_TASK(t->side = (qg_side)2, 1, QG_UNSUPPORTED, "side 2");
+    WRONG_TASK(t->side = (qg_side)3, 1, QG_UNSUPPORTED, "side 3");
     WRONG_TASK(t->projector.rank = 0, 1, QG_INVALID_ARGUMENT, "rank");
     WRONG_TASK(t->projector.rank = INT64_MAX / 4, 1, QG_INVALID_ARGUMENT, "R");
     WRONG_TASK(t->projector.dim = ROWS, 1, QG_INVALID_ARGUMENT, "length 10");
