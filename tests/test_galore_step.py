@@ -254,15 +254,15 @@ def test_galore_norm_limit_follows_float64(side, low_rank, compute, m, n):
     exact = Exact(weights, states, projector, side)
     start, norms, held = exact.weight, torch.zeros(1, dtype=torch.float64), []
     more = dict(low_rank=low_rank, compute_dtype=compute, weight_decay=0.0, lr=1.0)
-    for step, size in enumerate((1.0, 1.0, 30.0, 300.0, 0.01), start=1):
+    for step, size in enumerate((1.0, 1.0, 30.0, 0.01, 0.01), start=1):
         grad = size * torch.randn(states[0][0].shape if low_rank else (m, n))
-        run(ops, weights, states, projector, grad, side, step, norm_growth_limit=1.25, norms=norms, **more)
+        run(ops, weights, states, projector, grad, side, step, norm_growth_limit=3.0, norms=norms, **more)
         untouched = torch.full((1,), torch.nan, dtype=torch.float64)
         run(ops, *plain, projector, grad, side, step, norms=untouched, **more)
         assert untouched.isnan().all()
-        held.append(exact.step(grad, step, low_rank=low_rank, weight_decay=0.0, lr=1.0, limit=1.25))
+        held.append(exact.step(grad, step, low_rank=low_rank, weight_decay=0.0, lr=1.0, limit=3.0))
         assert norms.item() == pytest.approx(exact.norm, rel=1e-6 if compute == "float32" else 0.01)
-    assert not held[0] and held[2] and held[3] and not held[4]
+    assert not held[0] and held[2] and not held[4]
     assert all(same_bits(a[0], b[0]) for a, b in zip(states, plain[1], strict=True))
     error = (weights[0][0].double() - exact.weight).norm() / (exact.weight - start).norm()
     assert error < (1e-5 if compute == "float32" else 0.02)
@@ -281,10 +281,10 @@ def test_galore_norm_limit_gives_the_same_bits_at_every_level(side, storage):
         weights, states = (clone(part) for part in start)
         norms, kept = torch.zeros(1, dtype=torch.float64), []
         for step, grad in enumerate(grads, start=1):
-            more = dict(proj_format="int4", norm_growth_limit=0.9, norms=norms)
+            more = dict(proj_format="int4", norm_growth_limit=0.5, norms=norms)
             run(ops, weights, states, projector, grad, side, step, **more)
             kept.append(norms.clone())
-        assert kept[1] == 0.9 * kept[0] and kept[2] == 0.9 * kept[1]
+        assert kept[1] == 0.5 * kept[0] and kept[2] == 0.5 * kept[1]
         got = [x[0] for x in weights + states] + kept
         expected = got if expected is None else expected
         assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True)), level
