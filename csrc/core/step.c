@@ -22,6 +22,7 @@
 enum {
     TILE_ROWS = 256,       /* rows of W updated at a time, before alignment to blocks and groups */
     BASIS_ROWS = 128,      /* basis vectors decoded at a time when projecting on the left */
+    RIGHT_ROWS = 32,       /* vectors of the right basis at a time when projecting on both sides: this many or more */
     CHUNK_ELEMENTS = 4096, /* elements of an unprojected weight that one thread handles at a time, before alignment */
     ALIGNMENT = 64
 };
@@ -74,6 +75,10 @@ static int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
+static int64_t larger(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
 static size_t format_bytes(qg_format format) {
     return format == QG_FLOAT32 ? 4 : 2;
 }
@@ -102,7 +107,8 @@ typedef struct plan {
     int64_t dim;        /* length of a basis vector */
     int64_t other;      /* k: columns of R */
     int64_t tile_rows;  /* rows of W at a time */
-    int64_t slice_cols; /* columns of the right basis decoded at a time (both sides) */
+    int64_t slice_rows; /* vectors of the right basis that fit in the basis' place (both sides) */
+    int64_t slice_cols; /* columns of all of them that do */
     int whole;          /* N is kept as a whole, not a tile of columns at a time */
     size_t basis;       /* offset: decoded basis, all of it (right) or a piece (left), in the GEMM's format */
     size_t normalised;  /* offset: N float32, a tile's columns or all */
@@ -132,10 +138,11 @@ static plan make_plan(const qg_step_task *task, const qg_step_params *params) {
     int64_t basis_elements = p.rank * p.dim;
     if (!right) {
         int64_t slice = p.rank * p.tile_rows;
-        int64_t longest = full && weight->cols > p.dim ? weight->cols : p.dim;
-        int64_t piece = smaller(p.rank, BASIS_ROWS) * longest;
-        basis_elements = slice > piece ? slice : piece;
+        int64_t piece = smaller(p.rank, BASIS_ROWS) * p.dim;
+        int64_t right_piece = full ? smaller(p.rank, RIGHT_ROWS) * weight->cols : 0;
+        basis_elements = larger(slice, larger(piece, right_piece));
     }
+    p.slice_rows = smaller(basis_elements / weight->cols, p.rank);
     p.slice_cols = smaller(basis_elements / p.rank, weight->cols);
     int64_t normalised_elements = p.rank * (p.whole ? p.other : p.tile_rows);
     int64_t rounded_elements = p.rank * (right ? p.tile_rows : p.other);
@@ -422,8 +429,8 @@ static qg_status project_both(const job *j) {
     int64_t n = j->task->weight.cols;
     const operand r = low_rank_columns(j, 0, p->rank);
     qg_status status = project_left(j, j->inner);
-    for (int64_t vector = 0; status == QG_SUCCESS && vector < p->rank; vector += BASIS_ROWS) {
-        int64_t vectors = smaller(BASIS_ROWS, p->rank - vector);
+    for (int64_t vector = 0; status == QG_SUCCESS && vector < p->rank; vector += p->slice_rows) {
+        int64_t vectors = smaller(p->slice_rows, p->rank - vector);
         void *target = (void *)element_at(r.data, j->gemm_format, vector);
         j->backend->projector_dequantize(&j->task->right_projector, vector, vectors, 0, n, j->basis, j->gemm_format);
         status = gemm(j, p->rank, vectors, n, j->inner, n, 1, j->basis, 1, n, target, r.row_stride);

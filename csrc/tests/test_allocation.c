@@ -95,6 +95,12 @@ static void every_call(const qg_backend *backend, int threads) {
     task.side = QG_LEFT;
     task.projector.dim = ROWS;
     CHECK_OK(qg_galore_step(&task, 1, &params, scratch, sizeof scratch, backend, &linalg));
+    double norm = 1.0;
+    task.side = QG_FULL;
+    task.right_projector = (qg_projector){basis, basis_scales, basis_zeros, RANK, COLS, 256, QG_INT4};
+    task.norm = &norm;
+    params.norm_growth_limit = 1.01;
+    CHECK_OK(qg_galore_step(&task, 1, &params, scratch, sizeof scratch, backend, &linalg));
     CHECK_OK(qg_adam8_scratch_size(&task, 1, &params, backend, &size));
     CHECK_OK(qg_adam8_step(&task, 1, &params, scratch, sizeof scratch, backend));
     CHECK(qg_adam8_step(&task, -1, &params, scratch, sizeof scratch, backend) == QG_INVALID_ARGUMENT, "count -1");
