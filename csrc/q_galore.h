@@ -196,14 +196,14 @@ typedef struct qg_step_params {
     double scale; /* alpha of the back-projected update; adam8 uses it too (1 for ordinary parameters) */
     uint64_t seed;
     qg_format gemm_format; /* FLOAT32 or BFLOAT16; galore only */
-    /* 0: off. Else the Frobenius norm of each task's N is held to at most this many times that of its step before (Fira,
-     * arXiv 2410.01623), by a smaller rate in that step; galore only. */
+    /* 0: off. Else the Frobenius norm of each task's N is held to at most this many times that of its step before
+     * (Fira, arXiv 2410.01623), by a smaller rate in that step; galore only. */
     double norm_growth_limit;
 } qg_step_params;
 
 /* One parameter of a step. `gradient` has the weight's shape (grad_format FLOAT32, BFLOAT16 or FLOAT16) or, for a
- * galore step with low_rank_gradient, R's shape (r x k; r x r on both sides). The moments have the weight's shape for adam8 (and
- * their blocks run along the flat weight), R's shape for galore. The step counts start at 1 and already
+ * galore step with low_rank_gradient, R's shape (r x k; r x r on both sides). The moments have the weight's shape for
+ * adam8 (and their blocks run along the flat weight), R's shape for galore. The step counts start at 1 and already
  * count this step. */
 typedef struct qg_step_task {
     qg_weight weight;
