@@ -43,7 +43,8 @@ typedef enum qg_format {
 /* Which side of the gradient is projected (m x n weight, rank r). */
 typedef enum qg_side {
     QG_RIGHT = 0, /* P is r x n, R = P G^T is r x m, U = N^T P */
-    QG_LEFT = 1   /* P is r x m, R = P G   is r x n, U = P^T N */
+    QG_LEFT = 1,  /* P is r x m, R = P G   is r x n, U = P^T N */
+    QG_FULL = 2   /* P_L is r x m, P_R is r x n, R = P_L G P_R^T is r x r, U = P_L^T N P_R */
 } qg_side;
 
 typedef enum qg_simd { QG_SIMD_SCALAR = 0, QG_SIMD_AVX2 = 1, QG_SIMD_AVX512 = 2 } qg_simd;
@@ -195,16 +196,20 @@ typedef struct qg_step_params {
     double scale; /* alpha of the back-projected update; adam8 uses it too (1 for ordinary parameters) */
     uint64_t seed;
     qg_format gemm_format; /* FLOAT32 or BFLOAT16; galore only */
+    /* 0: off. Else the Frobenius norm of each task's N is held to at most this many times that of its step before
+     * (Fira, arXiv 2410.01623), by a smaller rate in that step; galore only. */
+    double norm_growth_limit;
 } qg_step_params;
 
 /* One parameter of a step. `gradient` has the weight's shape (grad_format FLOAT32, BFLOAT16 or FLOAT16) or, for a
- * galore step with low_rank_gradient, R's shape (r x k). The moments have the weight's shape for adam8 (and
- * their blocks run along the flat weight), R's shape for galore. The step counts start at 1 and already
+ * galore step with low_rank_gradient, R's shape (r x k; r x r on both sides). The moments have the weight's shape for
+ * adam8 (and their blocks run along the flat weight), R's shape for galore. The step counts start at 1 and already
  * count this step. */
 typedef struct qg_step_task {
     qg_weight weight;
     qg_moments moments;
-    qg_projector projector; /* galore only */
+    qg_projector projector;       /* galore only; P_L on both sides */
+    qg_projector right_projector; /* P_R, of the same rank; FULL only */
     const void *gradient;
     qg_format grad_format;
     qg_side side; /* galore only */
@@ -213,6 +218,7 @@ typedef struct qg_step_task {
     int64_t noise_step; /* noise: the step of that parameter */
     int64_t bias_step;  /* bias correction: updates since the moments were last reset */
     int64_t *stats;     /* [2] or NULL: groups shifted, groups re-ranged are added here (INT8 weights) */
+    double *norm; /* with norm_growth_limit: ||N|| of the step before, 0 for none (no limit then); becomes this one's */
 } qg_step_task;
 
 /* Scratch for a list of tasks: the largest task's need, not the sum. */

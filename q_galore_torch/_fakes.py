@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import FLOAT_FORMATS, PROJ_FORMATS, RIGHT
+from .ops import FLOAT_FORMATS, FULL, PROJ_FORMATS, RIGHT
 
 
 def _blocks(count: int, block: int) -> int:
@@ -189,11 +189,15 @@ def _(
     proj_codes: list[Tensor],
     proj_scales: list[Tensor],
     proj_zeros: list[Tensor],
+    right_codes: list[Tensor],
+    right_scales: list[Tensor],
+    right_zeros: list[Tensor],
     sides: list[int],
     bias_steps: list[int],
     noise_steps: list[int],
     ids: list[int],
     stats: Tensor,
+    norms: Tensor,
     proj_format: int,
     proj_block: int,
     low_rank: bool,
@@ -208,16 +212,24 @@ def _(
     group_size: int,
     block: int,
     compute_format: int,
+    norm_growth_limit: float,
 ) -> None:
     lists = (scales, zeros, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids)
     _check_lengths(len(weights), *lists, proj_codes, proj_scales, proj_zeros, sides)
+    _check_lengths(len(weights) if FULL in sides or right_codes else 0, right_codes, right_scales, right_zeros)
     _check(stats, "stats", stats, (torch.int64,), [len(weights), 2])
+    if norm_growth_limit:
+        _check(norms, "norms", stats, (torch.float64,), [len(weights)])
     for i, weight in enumerate(weights):
         rows, cols = weight.shape
         dim, other = (cols, rows) if sides[i] == RIGHT else (rows, cols)
         _check_projector(proj_codes[i], proj_scales[i], proj_zeros[i], proj_format, proj_block, dim)
         torch._check(proj_codes[i].device == weight.device, lambda: "projector: expected the weight's device")
         rank = proj_codes[i].shape[0]
+        if sides[i] == FULL:
+            _check_projector(right_codes[i], right_scales[i], right_zeros[i], proj_format, proj_block, cols)
+            _check(right_codes[i], f"right_codes[{i}]", weight, (proj_codes[i].dtype,), (rank, right_codes[i].shape[1]))
+            other = rank
         moments, maxima = (exp_avg[i], exp_avg_sq[i]), (exp_avg_absmax[i], exp_avg_sq_absmax[i])
         projected = [rank, other]
         grad_shape = projected if low_rank else weight.shape

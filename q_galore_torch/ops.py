@@ -251,21 +251,34 @@ def galore_step_(
     group_size: int = 256,
     block: int = 256,
     compute_dtype: str = "float32",
+    right_codes: Sequence[Tensor] = (),
+    right_scales: Sequence[Tensor] = (),
+    right_zeros: Sequence[Tensor] = (),
+    norm_growth_limit: float = 0.0,
+    norms: Tensor | None = None,
 ) -> None:
     """Projected AdamW in place: ``W <- W (1 - lr weight_decay) - lr scale U`` for each m x n matrix of a list.
 
     Right (side 0): P is r x n, ``R = P G^T`` is r x m, ``U = N^T P``. Left (side 1): P is r x m, ``R = P G`` is r x n,
-    ``U = P^T N``. N is Adam's direction of R (GaLore, arXiv 2403.03507, section 4; Q-GaLore, arXiv 2407.08296).
+    ``U = P^T N``. Full (side 2): P_L is r x m and P_R r x n, ``R = P_L G P_R^T`` is r x r, ``U = P_L^T N P_R``. N is
+    Adam's direction of R (GaLore, arXiv 2403.03507, section 4; Q-GaLore, arXiv 2407.08296).
 
     Args:
         weights, scales, zeros, bias_steps, noise_steps, ids, stats: as in :func:`adam8_step_`.
-        grads: G of the weight's shape, or R [r, k] when ``low_rank``.
+        grads: G of the weight's shape, or R [r, k] when ``low_rank`` (k = r on both sides).
         exp_avg, exp_avg_sq: moments of R's shape [r, k]; blocks run along a row and never cross it.
         exp_avg_absmax, exp_avg_sq_absmax: float32 [r, ceil(k / block)] of uint8 moments, else empty.
-        proj_codes, proj_scales, proj_zeros: as :func:`projector_quantize` gives them.
-        sides: 0 (right) or 1 (left) for each matrix.
+        proj_codes, proj_scales, proj_zeros: as :func:`projector_quantize` gives them; P_L on both sides.
+        sides: 0 (right), 1 (left) or 2 (full) for each matrix.
         scale: GaLore's alpha.
         compute_dtype: ``"float32"`` or ``"bfloat16"``, of the GEMMs.
+        right_codes, right_scales, right_zeros: P_R, like the projector, with any tensors for one-sided matrices; empty
+            lists (default) where no matrix is projected on both sides.
+        norm_growth_limit: the Frobenius norm of each N is held to at most this many times that of its step before,
+            by a smaller rate in that step; the moments keep their values (Fira, arXiv 2410.01623). 0
+            (default) is off.
+        norms: float64 [len], the norm of each matrix's N in its step before, 0 for none (no limit in that step);
+            becomes this step's. Needed with a limit, left alone without.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape or value. Nothing has been written then.
@@ -284,11 +297,15 @@ def galore_step_(
         list(proj_codes),
         list(proj_scales),
         list(proj_zeros),
+        list(right_codes),
+        list(right_scales),
+        list(right_zeros),
         list(sides),
         list(bias_steps),
         list(noise_steps),
         list(ids),
         stats,
+        stats.new_empty(0, dtype=torch.float64) if norms is None else norms,
         _proj_code(proj_format),
         proj_block,
         low_rank,
@@ -303,6 +320,7 @@ def galore_step_(
         group_size,
         block,
         _COMPUTE[compute_dtype],
+        norm_growth_limit,
     )
 
 

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import q_galore_torch as qg
+from q_galore_torch import ops
+from q_galore_torch.nn.binding import Binding
 
 SHAPES = {"tall": (96, 64), "wide": (64, 96), "square": (64, 64), "prime": (61, 37)}
 
@@ -32,6 +34,39 @@ def prepared(module: nn.Linear, rank: int = 8, due: bool = False, **options: Any
     if isinstance(layer, qg.QGaLoreLinear) and layer.grad_mode == "low_rank":
         layer.leaf.binding.due = due
     return layer, opt
+
+
+PROJ_TYPES = ["std", "reverse_std", "right", "left", "full"]
+
+
+def sides(proj_type: str, rows: int, cols: int) -> tuple[bool, bool]:
+    """Whether the left and the right side of a rows x cols weight are projected."""
+    left = {"std": rows < cols, "reverse_std": rows >= cols, "left": True, "full": True, "right": False}[proj_type]
+    return left, proj_type == "full" or not left
+
+
+def lent(layer: Any, proj_type: str, due: bool = False) -> tuple[Tensor, Tensor]:
+    """Lends random INT8 bases to a layer; (P_L, P_R) decoded in float64, the identity where a side has none."""
+    rows, cols, rank = layer.out_features, layer.in_features, layer.rank
+    left, right = sides(proj_type, rows, cols)
+    state: dict[str, Any] = {"side": 2 if left and right else int(left), "dim": rows if left else cols}
+    decoded = [torch.eye(rows).double(), torch.eye(cols).double()]
+    names = [("proj", rows if left else cols, 0 if left else 1)]
+    if left and right:
+        names.append(("right", cols, 1))
+        state["right_dim"] = cols
+    for name, dim, place in names:
+        parts = ops.projector_quantize(torch.randn(rank, dim) / dim**0.5, "int8", 64)
+        state.update(zip((f"{name}_codes", f"{name}_scales", f"{name}_zeros"), parts, strict=True))
+        decoded[place] = ops.projector_dequantize(*parts, "int8", 64, dim).double()
+    layer.leaf.binding = Binding(state, {"proj_format": "int8", "proj_block": 64})
+    layer.leaf.binding.due = due
+    return decoded[0], decoded[1]
+
+
+def converted(proj_type: str, shape: str, rank: int, **options: Any) -> Any:
+    """The layer of one linear layer, without an optimizer."""
+    return qg.prepare_model(nn.Sequential(linear(shape)), rank, ["0"], proj_type=proj_type, **options)[0]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -93,6 +128,50 @@ def test_r_is_the_projection_of_the_full_gradient(bits: Any, shape: str, rank: i
         torch.testing.assert_close(layer.leaf.binding.stash, gradient)
     else:
         assert layer.leaf.binding.stash is None
+
+
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 8, 37])
+@pytest.mark.parametrize("due", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_r_is_the_projection_of_the_full_gradient_for_every_type(
+    proj_type: str, shape: str, rank: int, due: bool, dtype: torch.dtype
+) -> None:
+    """Over three micro-batches, against autograd in float64; at rank 37 the smaller layers form G themselves."""
+    rows, cols = SHAPES[shape]
+    layer = converted(proj_type, shape, rank)
+    left, right = lent(layer, proj_type, due)
+    full = nn.Linear(cols, rows).double()
+    squares = torch.zeros(()).double()  # of the tokens' shares in R, whose sum may be small by chance
+    for size in (9, 1, 4):
+        x, upstream = torch.randn(2, size, cols).to(dtype), torch.randn(2, size, rows).to(dtype)
+        layer(x).backward(upstream)
+        full(x.double()).backward(upstream.double())
+        shares = (upstream.double() @ left.t()).norm(dim=-1) * (x.double() @ right.t()).norm(dim=-1)
+        squares += shares.square().sum()
+    gradient = full.weight.grad
+    assert gradient is not None
+    expected = left @ gradient @ right.t()
+    if sides(proj_type, rows, cols) == (False, True):
+        expected = expected.t()  # R has a row for each basis vector
+    assert layer.leaf.grad.dtype == torch.float32 and layer.leaf.grad.shape == layer.leaf.shape == expected.shape
+    assert (layer.leaf.grad - expected).norm() < (2e-6 if dtype == torch.float32 else 0.01) * squares.sqrt()
+    stash = layer.leaf.binding.stash
+    assert (stash is not None) == due
+    if due:
+        assert relative(stash, gradient) < (1e-6 if dtype == torch.float32 else 0.01)
+
+
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_the_rank_of_every_type_is_clipped_to_the_shorter_side(proj_type: str, shape: str) -> None:
+    rows, cols = SHAPES[shape]
+    for rank, clipped in ((63, 63), (64, 64), (65, 64)):
+        layer = converted(proj_type, shape, rank)
+        left, right = sides(proj_type, rows, cols)
+        other = clipped if left and right else cols if left else rows
+        assert layer.rank == clipped and layer.leaf.shape == (clipped, other)
 
 
 @pytest.mark.parametrize("bits", [8, None])
@@ -283,6 +362,20 @@ def test_beyond_mn_over_m_plus_n_the_full_gradient_is_formed_and_projected() -> 
         assert bool(seen.large) == formed
 
 
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("shape", ["tall", "wide"])
+def test_every_type_forms_the_full_gradient_only_where_that_is_cheaper(proj_type: str, shape: str) -> None:
+    """64 x 96: one side r > 38.4; both sides r (160 + r) > 6144, which is r > 32."""
+    last = 32 if proj_type == "full" else 38
+    for rank, formed in ((last, False), (last + 1, True)):
+        layer = converted(proj_type, shape, rank, weight_bits=None)
+        lent(layer, proj_type)
+        x = torch.randn(6, layer.in_features)
+        with Allocations(96 * 64) as seen:
+            layer(x).sum().backward()
+        assert bool(seen.large) == formed
+
+
 def test_autocast_around_backward_alone_rounds_nothing() -> None:
     gradients = []
     for enabled in (False, True):
@@ -305,7 +398,7 @@ def test_autocast_around_backward_alone_rounds_nothing() -> None:
         (dict(grad_dtype="float16"), "grad_dtype must be 'float32' or 'bfloat16', got 'float16'"),
         (dict(rank=0), "rank must be an integer >= 1, got 0"),
         (dict(), "grad_mode='low_rank' needs a rank, got None"),
-        (dict(rank=4, proj_type="full"), "proj_type must be 'std', got 'full'"),
+        (dict(rank=4, proj_type="up"), "proj_type must be one of std, reverse_std, right, left, full, got 'up'"),
         (dict(grad_mode="full", weight_bits=None), "grad_mode='full' with weight_bits=None is nn.Linear itself"),
     ],
 )

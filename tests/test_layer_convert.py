@@ -86,7 +86,7 @@ def test_all_linear_asks_the_model_for_its_head() -> None:
         (dict(group_size=2.0), "group_size must be an integer >= 1, got 2.0"),
         (dict(grad_mode="both"), "grad_mode must be 'low_rank' or 'full', got 'both'"),
         (dict(grad_dtype="float16"), "grad_dtype must be 'float32' or 'bfloat16', got 'float16'"),
-        (dict(proj_type="left"), "proj_type must be 'std', got 'left'"),
+        (dict(proj_type="up"), "proj_type must be one of std, reverse_std, right, left, full, got 'up'"),
         (dict(save_projected=False), "save_projected must be True for now, got False"),
     ],
 )
@@ -229,6 +229,28 @@ def test_param_groups_refuses() -> None:
         qg.param_groups(model, rank=8)
     with pytest.raises(ValueError, match="^proj_type must be 'std', with which .* was prepared, got 'right'$"):
         qg.param_groups(model, proj_type="right")
+
+
+@pytest.mark.parametrize("proj_type", ["std", "reverse_std", "right", "left", "full"])
+@pytest.mark.parametrize("mode", ["low_rank", "full"])
+def test_param_groups_carry_the_type_of_the_layers(proj_type: str, mode: str) -> None:
+    model = qg.prepare_model(Model(), 4, proj_type=proj_type, grad_mode=mode, weight_bits=None)
+    groups = qg.param_groups(model, update_proj_gap=9)
+    assert [g.get("proj_type") for g in groups] == [None] + [proj_type] * (len(groups) - 1) and len(groups) > 1
+    again = qg.param_groups(model, update_proj_gap=9, proj_type=proj_type)
+    assert [g.get("proj_type") for g in again] == [g.get("proj_type") for g in groups]
+    with pytest.raises(ValueError, match=f"^proj_type must be '{proj_type}', with which .* was prepared, got 'up'$"):
+        qg.param_groups(model, proj_type="up")
+
+
+def test_types_get_groups_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 12))
+    qg.prepare_model(model, 8, ["0"], proj_type="full")
+    qg.prepare_model(model, 8, ["1"], proj_type="left")
+    groups = qg.param_groups(model)
+    kinds = [(g["rank"], g["proj_type"], g["param_names"]) for g in groups[1:]]
+    assert kinds == [(8, "full", ["0.coordinates"]), (8, "left", ["1.coordinates"])]
+    assert [tuple(g["params"][0].shape) for g in groups[1:]] == [(8, 8), (8, 16)]
 
 
 def test_clipped_ranks_get_groups_of_their_own() -> None:

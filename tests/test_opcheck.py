@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from q_galore_torch import ops
 from steps import HYPER, fresh_moments, weight_parts
@@ -12,9 +13,10 @@ op = torch.ops.q_galore
 HYPER_ORDER = ("lr", "beta1", "beta2", "eps", "weight_decay")
 
 
-def step_arguments(projected: bool, storage: str, moments: str):
-    """Positional arguments of a step op for one 40 x 24 matrix."""
-    shape = (8, 40) if projected else (40, 24)
+def step_arguments(side: int | None, storage: str, moments: str):
+    """Positional arguments of a step op for one 40 x 24 matrix, side None: not projected; both sides: norm limit."""
+    projected = side is not None
+    shape = {None: (40, 24), ops.RIGHT: (8, 40), ops.LEFT: (8, 24), ops.FULL: (8, 8)}[side]
     weight = [[x] for x in weight_parts(torch.randn(40, 24), storage)]
     states = [[x] for x in fresh_moments(shape, moments, 256, by_row=projected)]
     hyper = [HYPER[name] for name in HYPER_ORDER]
@@ -22,8 +24,13 @@ def step_arguments(projected: bool, storage: str, moments: str):
     common = [*weight, [torch.randn(40, 24)], *states]
     if not projected:
         return (*common, [1], [1], [0], stats, *hyper, 3, True, 256, 256)
-    projector = [[x] for x in ops.projector_quantize(torch.randn(8, 24), "int4", 64)]
-    return (*common, *projector, [0], [1], [1], [0], stats, 17, 64, False, *hyper, 0.25, 3, True, 256, 256, 0)
+    right = [[x] for x in ops.projector_quantize(torch.randn(8, 24), "int4", 64)]
+    left = [[x] for x in ops.projector_quantize(torch.randn(8, 40), "int4", 64)]
+    projector = {ops.RIGHT: [*right, [], [], []], ops.LEFT: [*left, [], [], []], ops.FULL: [*left, *right]}[side]
+    limit = 1.01 if side == ops.FULL else 0.0
+    norms = torch.ones(1, dtype=torch.float64)
+    options = (17, 64, False, *hyper, 0.25, 3, True, 256, 256, 0, limit)
+    return (*common, *projector, [side], [1], [1], [0], stats, norms, *options)
 
 
 def cases():
@@ -41,8 +48,10 @@ def cases():
     yield "dynamic8_dequantize", op.dynamic8_dequantize.default, (*moment, True, 256)
     for storage in ("float32", "int8"):
         for moments in ("float32", "dynamic8"):
-            yield f"adam8_step_ {storage} {moments}", op.adam8_step_.default, step_arguments(False, storage, moments)
-            yield f"galore_step_ {storage} {moments}", op.galore_step_.default, step_arguments(True, storage, moments)
+            yield f"adam8_step_ {storage} {moments}", op.adam8_step_.default, step_arguments(None, storage, moments)
+            for side in (ops.RIGHT, ops.LEFT, ops.FULL):
+                arguments = step_arguments(side, storage, moments)
+                yield f"galore_step_ {side} {storage} {moments}", op.galore_step_.default, arguments
 
 
 CASES = list(cases())
@@ -66,12 +75,19 @@ def test_fakes_refuse_wrong_shapes_and_devices():
         ops.int8_dequantize(codes, scales[:1], zeros, 256, torch.float32)
     with pytest.raises(RuntimeError, match="scales: expected meta, got cpu"):
         ops.int8_dequantize(codes, torch.zeros(2), zeros, 256, torch.float32)
-    arguments = list(step_arguments(True, "int8", "dynamic8"))
-    arguments = [[x.to("meta") for x in a] if isinstance(a, list) and torch.is_tensor(a[0]) else a for a in arguments]
-    arguments[3] = [torch.randn(24, 40, device="meta")]
-    arguments[15] = arguments[15].to("meta")
-    with pytest.raises(RuntimeError, match=r"grads\[0\]: expected .*40, 24.*, got \[24, 40\]"):
-        op.galore_step_(*arguments)
+    names = [argument.name for argument in op.galore_step_.default._schema.arguments]
+    arguments = dict(zip(names, step_arguments(ops.FULL, "int8", "dynamic8"), strict=True))
+    arguments = tree_map_only(torch.Tensor, lambda x: x.to("meta"), arguments)
+    op.galore_step_(**arguments)
+    for name, value, message in (
+        ("grads", [torch.randn(24, 40, device="meta")], r"grads\[0\]: expected .*40, 24.*, got \[24, 40\]"),
+        ("right_codes", arguments["proj_codes"], r"projector codes: expected \[8, 12\], got \[8, 20\]"),
+        ("right_codes", [], r"expected lists of 1, got \[0, 1, 1\]"),
+        ("norms", torch.zeros(2, device="meta").double(), r"norms: expected \[1\], got \[2\]"),
+        ("exp_avg", [torch.zeros(8, 24, device="meta").byte()], r"moments\[0\]: expected \[8, 8\], got \[8, 24\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op.galore_step_(**{**arguments, name: value})
 
 
 def test_value_errors_come_through_the_binding():

@@ -117,11 +117,15 @@ void galore_step(
     const Tensors &proj_codes,
     const Tensors &proj_scales,
     const Tensors &proj_zeros,
+    const Tensors &right_codes,
+    const Tensors &right_scales,
+    const Tensors &right_zeros,
     const std::vector<int64_t> &sides,
     const std::vector<int64_t> &bias_steps,
     const std::vector<int64_t> &noise_steps,
     const std::vector<int64_t> &ids,
     const Tensor &stats,
+    const Tensor &norms,
     int64_t proj_format,
     int64_t proj_block,
     bool low_rank,
@@ -135,6 +139,7 @@ void galore_step(
     bool stochastic_round,
     int64_t group_size,
     int64_t block,
-    int64_t compute_format);
+    int64_t compute_format,
+    double norm_growth_limit);
 
 } // namespace qg

@@ -70,11 +70,15 @@ STABLE_TORCH_LIBRARY(q_galore, library) {
         "Tensor[] proj_codes, "
         "Tensor[] proj_scales, "
         "Tensor[] proj_zeros, "
+        "Tensor[] right_codes, "
+        "Tensor[] right_scales, "
+        "Tensor[] right_zeros, "
         "int[] sides, "
         "int[] bias_steps, "
         "int[] noise_steps, "
         "int[] ids, "
         "Tensor(h!) stats, "
+        "Tensor(i!) norms, "
         "int proj_format, "
         "int proj_block, "
         "bool low_rank, "
@@ -88,7 +92,8 @@ STABLE_TORCH_LIBRARY(q_galore, library) {
         "bool stochastic_round, "
         "int group_size, "
         "int block, "
-        "int compute_format) -> ()");
+        "int compute_format, "
+        "float norm_growth_limit) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(q_galore, CompositeExplicitAutograd, library) {

@@ -1,4 +1,5 @@
 // step.cpp - the two list ops of an optimizer step.
+#include <algorithm>
 #include <climits>
 
 #include "common.h"
@@ -101,6 +102,37 @@ void fill_common(const Lists &l, size_t i, qg_step_task &task) {
     task.stats = static_cast<int64_t *>(l.stats.data_ptr()) + 2 * index;
 }
 
+// A list of bases with the names of its arguments.
+struct Bases {
+    const char *codes_name, *scales_name, *zeros_name;
+    const Tensors &codes, &scales, &zeros;
+};
+
+// Basis vectors of length dim; a rank of -1 is free.
+qg_projector projector_of(
+    const char *op,
+    const Bases &bases,
+    size_t i,
+    int64_t rank,
+    int64_t dim,
+    int64_t format,
+    int64_t block) {
+    const int64_t index = static_cast<int64_t>(i);
+    const Tensor &codes = bases.codes[i];
+    const bool is_float = format == QG_FLOAT32;
+    const int64_t row_bytes = format == QG_INT4 ? (dim + 1) / 2 : dim;
+    check_tensor(
+        {op, bases.codes_name, index}, codes, {is_float ? ScalarType::Float : ScalarType::Byte}, {rank, row_bytes});
+    if (!is_float) {
+        const std::vector<int64_t> per_block = {codes.size(0), blocks(dim, block)};
+        check_tensor({op, bases.scales_name, index}, bases.scales[i], {ScalarType::BFloat16}, per_block);
+        check_tensor({op, bases.zeros_name, index}, bases.zeros[i], {ScalarType::Byte}, per_block);
+    }
+    return {codes.data_ptr(), static_cast<uint16_t *>(bases.scales[i].data_ptr()),
+        static_cast<uint8_t *>(bases.zeros[i].data_ptr()), codes.size(0), dim, static_cast<int32_t>(block),
+        static_cast<qg_format>(format)};
+}
+
 std::vector<int64_t> sizes_of(const Tensor &tensor) {
     auto sizes = tensor.sizes();
     return {sizes.begin(), sizes.end()};
@@ -150,7 +182,7 @@ void adam8_step(
         fill_common(lists, i, task);
     }
     const qg_step_params params = {sizeof(qg_step_params), stochastic_round, lr, beta1, beta2, eps, weight_decay, 1.0,
-        static_cast<uint64_t>(seed), QG_FLOAT32};
+        static_cast<uint64_t>(seed), QG_FLOAT32, 0.0};
     const int64_t count = static_cast<int64_t>(tasks.size());
     size_t bytes = 0;
     check_status(op, qg_adam8_scratch_size(tasks.data(), count, &params, backend(), &bytes));
@@ -170,11 +202,15 @@ void galore_step(
     const Tensors &proj_codes,
     const Tensors &proj_scales,
     const Tensors &proj_zeros,
+    const Tensors &right_codes,
+    const Tensors &right_scales,
+    const Tensors &right_zeros,
     const std::vector<int64_t> &sides,
     const std::vector<int64_t> &bias_steps,
     const std::vector<int64_t> &noise_steps,
     const std::vector<int64_t> &ids,
     const Tensor &stats,
+    const Tensor &norms,
     int64_t proj_format,
     int64_t proj_block,
     bool low_rank,
@@ -188,7 +224,8 @@ void galore_step(
     bool stochastic_round,
     int64_t group_size,
     int64_t block,
-    int64_t compute_format) {
+    int64_t compute_format,
+    double norm_growth_limit) {
     const char *op = "galore_step_";
     const Lists lists = {op, weights, scales, zeros, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax,
         bias_steps, noise_steps, ids, stats, group_size, block};
@@ -197,39 +234,42 @@ void galore_step(
     check_length(op, "proj_scales", proj_scales.size(), weights.size());
     check_length(op, "proj_zeros", proj_zeros.size(), weights.size());
     check_length(op, "sides", sides.size(), weights.size());
+    // The lists of right bases may be left out where no matrix has one.
+    const bool two_sided = std::find(sides.begin(), sides.end(), QG_FULL) != sides.end();
+    const size_t rights = two_sided || !right_codes.empty() ? weights.size() : 0;
+    check_length(op, "right_codes", right_codes.size(), rights);
+    check_length(op, "right_scales", right_scales.size(), rights);
+    check_length(op, "right_zeros", right_zeros.size(), rights);
+    const bool limited = norm_growth_limit != 0.0;
+    if (limited) {
+        check_tensor({op, "norms"}, norms, {ScalarType::Double}, {static_cast<int64_t>(weights.size())});
+    }
     if (proj_block < 1 || proj_block > INT_MAX) {
         refuse({op, "proj_block"}, "from 1 to 2147483647", std::to_string(proj_block));
     }
     std::vector<qg_step_task> tasks(weights.size());
     for (size_t i = 0; i < weights.size(); i++) {
         const int64_t index = static_cast<int64_t>(i);
-        if (sides[i] != QG_RIGHT && sides[i] != QG_LEFT) {
-            refuse({op, "sides", index}, "0 (right) or 1 (left)", std::to_string(sides[i]));
+        if (sides[i] != QG_RIGHT && sides[i] != QG_LEFT && sides[i] != QG_FULL) {
+            refuse({op, "sides", index}, "0 (right), 1 (left) or 2 (full)", std::to_string(sides[i]));
         }
         check_tensor({op, "weights", index}, weights[i], WEIGHTS, {-1, -1});
-        const bool right = sides[i] == QG_RIGHT;
+        const bool right = sides[i] == QG_RIGHT, full = sides[i] == QG_FULL;
         const int64_t rows = weights[i].size(0), cols = weights[i].size(1);
-        const int64_t dim = right ? cols : rows, other = right ? rows : cols;
         qg_step_task &task = tasks[i];
         task = {};
         task.side = static_cast<qg_side>(sides[i]);
         task.low_rank_gradient = low_rank;
         task.weight = weight_of(lists, i, rows, cols);
 
-        const bool is_float = proj_format == QG_FLOAT32;
-        const int64_t row_bytes = proj_format == QG_INT4 ? (dim + 1) / 2 : dim;
-        check_tensor(
-            {op, "proj_codes", index}, proj_codes[i], {is_float ? ScalarType::Float : ScalarType::Byte},
-            {-1, row_bytes});
-        const int64_t rank = proj_codes[i].size(0);
-        if (!is_float) {
-            const std::vector<int64_t> per_block = {rank, blocks(dim, proj_block)};
-            check_tensor({op, "proj_scales", index}, proj_scales[i], {ScalarType::BFloat16}, per_block);
-            check_tensor({op, "proj_zeros", index}, proj_zeros[i], {ScalarType::Byte}, per_block);
+        const Bases bases = {"proj_codes", "proj_scales", "proj_zeros", proj_codes, proj_scales, proj_zeros};
+        task.projector = projector_of(op, bases, i, -1, right ? cols : rows, proj_format, proj_block);
+        const int64_t rank = task.projector.rank, other = right ? rows : full ? rank : cols;
+        if (full) {
+            const Bases rights = {"right_codes", "right_scales", "right_zeros", right_codes, right_scales, right_zeros};
+            task.right_projector = projector_of(op, rights, i, rank, cols, proj_format, proj_block);
         }
-        task.projector = {proj_codes[i].data_ptr(), static_cast<uint16_t *>(proj_scales[i].data_ptr()),
-            static_cast<uint8_t *>(proj_zeros[i].data_ptr()), rank, dim, static_cast<int32_t>(proj_block),
-            static_cast<qg_format>(proj_format)};
+        task.norm = limited ? static_cast<double *>(norms.data_ptr()) + i : nullptr;
 
         const std::vector<int64_t> projected = {rank, other};
         check_tensor({op, "grads", index}, grads[i], FLOATS, low_rank ? projected : sizes_of(weights[i]));
@@ -237,7 +277,7 @@ void galore_step(
         fill_common(lists, i, task);
     }
     const qg_step_params params = {sizeof(qg_step_params), stochastic_round, lr, beta1, beta2, eps, weight_decay, scale,
-        static_cast<uint64_t>(seed), static_cast<qg_format>(compute_format)};
+        static_cast<uint64_t>(seed), static_cast<qg_format>(compute_format), norm_growth_limit};
     const int64_t count = static_cast<int64_t>(tasks.size());
     size_t bytes = 0;
     check_status(op, qg_galore_scratch_size(tasks.data(), count, &params, &bytes));

@@ -45,6 +45,9 @@ struct qg_backend {
 
     void (*absmax)(float *out, const void *source, qg_format format, int64_t count);
 
+    /* out = the sum of squares, added in double in an order that depends on count alone. */
+    void (*sum_of_squares)(double *out, const float *source, int64_t count);
+
     /* target [rows, cols] contiguous <- source with a row stride; both among FLOAT32, BFLOAT16, FLOAT16. */
     void (*cast)(
         void *target,

@@ -31,6 +31,11 @@ static qg_status check_params(const qg_step_params *params) {
             "lr, scale, weight_decay and eps must be finite in float32 and eps >= 0, got %g, %g, %g, %g", params->lr,
             params->scale, params->weight_decay, params->eps);
     }
+    if (!(params->norm_growth_limit >= 0.0 && isfinite(params->norm_growth_limit))) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "norm_growth_limit: expected 0 (off) or a finite number > 0, got %g",
+            params->norm_growth_limit);
+    }
     return QG_SUCCESS;
 }
 
@@ -85,19 +90,14 @@ static qg_status check_moments(const qg_moments *moments, int64_t index) {
     }
 }
 
-static qg_status check_projection(const qg_step_task *task, int64_t index) {
-    const qg_projector *projector = &task->projector;
-    if (task->side != QG_RIGHT && task->side != QG_LEFT) {
-        return qg_fail(
-            QG_UNSUPPORTED, "task %lld: side %d is neither right (0) nor left (1)", (long long)index, (int)task->side);
-    }
-    int64_t dim = task->side == QG_RIGHT ? task->weight.cols : task->weight.rows;
+/* A basis of vectors of length dim; `what` names it. */
+static qg_status check_basis(const char *what, const qg_projector *projector, int64_t dim, const qg_weight *weight) {
     if (projector->rank < 1 || projector->dim != dim || projector->codes == NULL) {
         return qg_fail(
-            QG_INVALID_ARGUMENT, "projector %lld: expected rank >= 1 vectors of length %lld, got %lld of %lld",
-            (long long)index, (long long)dim, (long long)projector->rank, (long long)projector->dim);
+            QG_INVALID_ARGUMENT, "%s: expected rank >= 1 vectors of length %lld, got %lld of %lld", what,
+            (long long)dim, (long long)projector->rank, (long long)projector->dim);
     }
-    qg_status status = qg_check_sizes("R", projector->rank, task->weight.rows + task->weight.cols);
+    qg_status status = qg_check_sizes("R", projector->rank, weight->rows + weight->cols);
     if (status != QG_SUCCESS) {
         return status;
     }
@@ -108,17 +108,58 @@ static qg_status check_projection(const qg_step_task *task, int64_t index) {
     case QG_INT4:
         if (projector->block < 1 || projector->scales == NULL || projector->zeros == NULL) {
             return qg_fail(
-                QG_INVALID_ARGUMENT, "projector %lld: expected scales, zeros and block >= 1, got %d", (long long)index,
-                (int)projector->block);
+                QG_INVALID_ARGUMENT, "%s: expected scales, zeros and block >= 1, got %d", what, (int)projector->block);
         }
         return QG_SUCCESS;
     default:
-        return qg_fail(
-            QG_UNSUPPORTED, "projector %lld: format %d holds no basis", (long long)index, (int)projector->format);
+        return qg_fail(QG_UNSUPPORTED, "%s: format %d holds no basis", what, (int)projector->format);
     }
 }
 
-static qg_status check_task(const qg_step_task *task, int64_t index, int projected) {
+static qg_status check_right_basis(const qg_step_task *task, int64_t index) {
+    const qg_projector *right = &task->right_projector;
+    int64_t rank = task->projector.rank;
+    char name[40];
+    snprintf(name, sizeof name, "right_projector %lld", (long long)index);
+    qg_status status = check_basis(name, right, task->weight.cols, &task->weight);
+    if (status == QG_SUCCESS && right->rank != rank) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "%s: expected %lld vectors like the left one, got %lld", name, (long long)rank,
+            (long long)right->rank);
+    }
+    return status == QG_SUCCESS ? qg_check_sizes("R", rank, rank) : status;
+}
+
+static qg_status check_projection(const qg_step_task *task, int64_t index) {
+    const qg_weight *weight = &task->weight;
+    char name[40];
+    snprintf(name, sizeof name, "projector %lld", (long long)index);
+    qg_status status;
+    switch (task->side) {
+    case QG_RIGHT:
+        return check_basis(name, &task->projector, weight->cols, weight);
+    case QG_LEFT:
+        return check_basis(name, &task->projector, weight->rows, weight);
+    case QG_FULL:
+        status = check_basis(name, &task->projector, weight->rows, weight);
+        return status == QG_SUCCESS ? check_right_basis(task, index) : status;
+    default:
+        return qg_fail(
+            QG_UNSUPPORTED, "task %lld: side %d is not right (0), left (1) or full (2)", (long long)index,
+            (int)task->side);
+    }
+}
+
+static qg_status check_norm(const qg_step_task *task, int64_t index) {
+    if (task->norm == NULL || !(*task->norm >= 0.0 && isfinite(*task->norm))) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "task %lld: norm_growth_limit needs a norm that is finite and >= 0, got %g",
+            (long long)index, task->norm == NULL ? NAN : *task->norm);
+    }
+    return QG_SUCCESS;
+}
+
+static qg_status check_task(const qg_step_task *task, int64_t index, const qg_step_params *params, int projected) {
     qg_status status = check_weight(&task->weight, index);
     if (status != QG_SUCCESS || task->weight.rows == 0 || task->weight.cols == 0) {
         return status;
@@ -138,7 +179,11 @@ static qg_status check_task(const qg_step_task *task, int64_t index, int project
             QG_INVALID_ARGUMENT, "task %lld: expected bias_step >= 1 and noise_step >= 0, got %lld and %lld",
             (long long)index, (long long)task->bias_step, (long long)task->noise_step);
     }
-    return projected ? check_projection(task, index) : QG_SUCCESS;
+    if (!projected) {
+        return QG_SUCCESS;
+    }
+    status = params->norm_growth_limit > 0.0 ? check_norm(task, index) : QG_SUCCESS;
+    return status == QG_SUCCESS ? check_projection(task, index) : status;
 }
 
 qg_status qg_check_tasks(const qg_step_task *tasks, int64_t count, const qg_step_params *params, int projected) {
@@ -147,7 +192,7 @@ qg_status qg_check_tasks(const qg_step_task *tasks, int64_t count, const qg_step
     }
     qg_status status = check_params(params);
     for (int64_t i = 0; status == QG_SUCCESS && i < count; i++) {
-        status = check_task(&tasks[i], i, projected);
+        status = check_task(&tasks[i], i, params, projected);
     }
     return status;
 }

@@ -3,10 +3,14 @@
  *   adam8   W <- W (1 - lr wd) - lr N                  N = Adam(G)
  *   galore  W <- W (1 - lr wd) - lr scale U            N = Adam(R), R = P G^T (right) or P G (left), or given
  *                                                      U = N^T P (right) or P^T N (left)
+ *           on both sides                              R = (P_L G) P_R^T, U = P_L^T (N P_R)
  *
  * Memory is kept to about one byte a weight at r = min(m, n) / 4 by tiling over rows of W. On the right a tile of W needs
  * only its own columns of R, so R and N exist one tile at a time beside the decoded basis. On the left every tile needs
- * all of N, but only its own columns of P, so the basis is decoded piece by piece.
+ * all of N, but only its own columns of P, so the basis is decoded piece by piece. Both sides are the left one with the
+ * right basis applied to what comes in and to what goes out, piece by piece too.
+ *
+ * A limit on the growth of ||N|| needs all of N before the first weight is written: on the right it is kept as a whole.
  */
 #include <math.h>
 #include <stdint.h>
@@ -18,6 +22,7 @@
 enum {
     TILE_ROWS = 256,       /* rows of W updated at a time, before alignment to blocks and groups */
     BASIS_ROWS = 128,      /* basis vectors decoded at a time when projecting on the left */
+    RIGHT_ROWS = 32,       /* vectors of the right basis at a time when projecting on both sides: this many or more */
     CHUNK_ELEMENTS = 4096, /* elements of an unprojected weight that one thread handles at a time, before alignment */
     ALIGNMENT = 64
 };
@@ -70,6 +75,10 @@ static int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
+static int64_t larger(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
 static size_t format_bytes(qg_format format) {
     return format == QG_FLOAT32 ? 4 : 2;
 }
@@ -95,23 +104,30 @@ static int64_t adam8_chunk(const qg_step_task *task) {
 /* Sizes and scratch offsets of one projected step. */
 typedef struct plan {
     int64_t rank;
-    int64_t dim;       /* length of a basis vector */
-    int64_t other;     /* k: columns of R */
-    int64_t tile_rows; /* rows of W at a time */
-    size_t basis;      /* offset: decoded basis, all of it (right) or a piece (left), in the GEMM's format */
-    size_t normalised; /* offset: N float32, a tile's columns (right) or all (left) */
-    size_t rounded;    /* offset: R, then N, in bfloat16; only with bfloat16 GEMMs */
-    size_t tile;       /* offset: the tile of U; before it, the cast tile of G */
+    int64_t dim;        /* length of a basis vector */
+    int64_t other;      /* k: columns of R */
+    int64_t tile_rows;  /* rows of W at a time */
+    int64_t slice_rows; /* vectors of the right basis that fit in the basis' place (both sides) */
+    int64_t slice_cols; /* columns of all of them that do */
+    int whole;          /* N is kept as a whole, not a tile of columns at a time */
+    size_t basis;       /* offset: decoded basis, all of it (right) or a piece (left), in the GEMM's format */
+    size_t normalised;  /* offset: N float32, a tile's columns or all */
+    size_t rounded;     /* offset: R, then N, a tile's columns (right) or all, in bfloat16; only with bfloat16 GEMMs */
+    size_t inner;       /* offset: P_L G, then N P_R, [rank, n] in the GEMM's format (both sides) */
+    size_t tile;        /* offset: the tile of U; before it, the cast tile of G */
     size_t bytes;
 } plan;
 
 static plan make_plan(const qg_step_task *task, const qg_step_params *params) {
     const qg_weight *weight = &task->weight;
-    int right = task->side == QG_RIGHT;
+    int right = task->side == QG_RIGHT, full = task->side == QG_FULL;
     plan p = {
         .rank = task->projector.rank,
         .dim = right ? weight->cols : weight->rows,
-        .other = right ? weight->rows : weight->cols,
+        .other = right  ? weight->rows
+                 : full ? task->projector.rank
+                        : weight->cols,
+        .whole = !right || params->norm_growth_limit > 0.0,
     };
     int64_t group = weight_group(weight);
     int64_t group_rows = group / gcd(group, weight->cols); /* so many rows end at a group's end */
@@ -123,13 +139,18 @@ static plan make_plan(const qg_step_task *task, const qg_step_params *params) {
     if (!right) {
         int64_t slice = p.rank * p.tile_rows;
         int64_t piece = smaller(p.rank, BASIS_ROWS) * p.dim;
-        basis_elements = slice > piece ? slice : piece;
+        int64_t right_piece = full ? smaller(p.rank, RIGHT_ROWS) * weight->cols : 0;
+        basis_elements = larger(slice, larger(piece, right_piece));
     }
-    int64_t normalised_elements = p.rank * (right ? p.tile_rows : p.other);
+    p.slice_rows = smaller(basis_elements / weight->cols, p.rank);
+    p.slice_cols = smaller(basis_elements / p.rank, weight->cols);
+    int64_t normalised_elements = p.rank * (p.whole ? p.other : p.tile_rows);
+    int64_t rounded_elements = p.rank * (right ? p.tile_rows : p.other);
     p.basis = 0;
     p.normalised = p.basis + aligned((size_t)basis_elements * element);
     p.rounded = p.normalised + aligned((size_t)normalised_elements * 4);
-    p.tile = p.rounded + (params->gemm_format == QG_FLOAT32 ? 0 : aligned((size_t)normalised_elements * element));
+    p.inner = p.rounded + (params->gemm_format == QG_FLOAT32 ? 0 : aligned((size_t)rounded_elements * element));
+    p.tile = p.inner + (full ? aligned((size_t)(p.rank * weight->cols) * element) : 0);
     int64_t tile_elements = p.tile_rows * weight->cols;
     if (tile_elements < p.dim) {
         tile_elements = p.dim; /* one cast column of G */
@@ -211,6 +232,7 @@ qg_status qg_adam8_step(
 /* What one projected step works with. */
 typedef struct job {
     const qg_step_task *task;
+    const qg_step_params *params;
     const qg_backend *backend;
     const qg_linalg *linalg;
     plan plan;
@@ -221,8 +243,15 @@ typedef struct job {
     void *basis;
     float *normalised;
     void *rounded; /* NULL with float32 GEMMs */
+    void *inner;
     void *tile;
 } job;
+
+/* A matrix in the GEMM's format, its rows contiguous. */
+typedef struct operand {
+    void *data;
+    int64_t row_stride;
+} operand;
 
 static const void *element_at(const void *base, qg_format format, int64_t index) {
     return (const char *)base + index * (int64_t)format_bytes(format);
@@ -246,30 +275,61 @@ static qg_status gemm(
         c_row_stride);
 }
 
-/* Where R goes when it comes out of a GEMM: N's own place, or the bfloat16 buffer. */
-static void *projected(const job *j) {
-    return j->rounded != NULL ? j->rounded : (void *)j->normalised;
+/* Columns first .. first + cols of N in float32. */
+static float *normalised_at(const job *j, int64_t first) {
+    return j->normalised + (j->plan.whole ? first : 0);
 }
 
-/* Adam on columns first .. first + cols of R; N ends in j->normalised [rank, cols], rounded too for bfloat16 GEMMs. */
-static const void *normalise(const job *j, int64_t first, int64_t cols) {
+static int64_t normalised_stride(const job *j, int64_t cols) {
+    return j->plan.whole ? j->plan.other : cols;
+}
+
+/* Where these columns of R come out of a GEMM, and those of N go into one: N's own place, or the bfloat16 buffer. */
+static operand low_rank_columns(const job *j, int64_t first, int64_t cols) {
+    if (j->rounded != NULL) {
+        return (operand){j->rounded, cols};
+    }
+    return (operand){normalised_at(j, first), normalised_stride(j, cols)};
+}
+
+/* Adam on these columns of R, from low_rank_columns or given. */
+static void normalise(const job *j, int64_t first, int64_t cols) {
     const qg_step_task *task = j->task;
-    const void *gradient = projected(j);
+    const operand r = low_rank_columns(j, first, cols);
+    const void *gradient = r.data;
     qg_format format = j->gemm_format;
-    int64_t stride = cols;
+    int64_t stride = r.row_stride;
     if (task->low_rank_gradient) {
         gradient = element_at(task->gradient, task->grad_format, first);
         format = task->grad_format;
         stride = j->plan.other;
     }
     j->backend->adam(
-        &task->moments, j->plan.other, j->plan.rank, first, cols, gradient, format, stride, j->normalised, cols,
-        &j->adam);
-    if (j->rounded == NULL) {
-        return j->normalised;
+        &task->moments, j->plan.other, j->plan.rank, first, cols, gradient, format, stride, normalised_at(j, first),
+        normalised_stride(j, cols), &j->adam);
+}
+
+/* These columns of N, rounded for bfloat16 GEMMs. */
+static operand direction(const job *j, int64_t first, int64_t cols) {
+    const operand n = low_rank_columns(j, first, cols);
+    if (j->rounded != NULL) {
+        j->backend->cast(
+            n.data, QG_BFLOAT16, normalised_at(j, first), QG_FLOAT32, j->plan.rank, cols, normalised_stride(j, cols));
     }
-    j->backend->cast(j->rounded, QG_BFLOAT16, j->normalised, QG_FLOAT32, j->plan.rank, cols, cols);
-    return j->rounded;
+    return n;
+}
+
+/* Where ||N|| has grown to more than norm_growth_limit times the norm before, the rate shrinks it to that. */
+static void limit_growth(job *j) {
+    const qg_step_params *params = j->params;
+    double *norm = j->task->norm, most = params->norm_growth_limit * *norm, now;
+    j->backend->sum_of_squares(&now, j->normalised, j->plan.rank * j->plan.other);
+    now = sqrt(now);
+    if (*norm > 0.0 && now > most) {
+        j->update.rate = (float)(params->lr * params->scale * (most / now));
+        now = most;
+    }
+    *norm = now;
 }
 
 static void update_rows(const job *j, int64_t first_row, int64_t rows) {
@@ -279,36 +339,63 @@ static void update_rows(const job *j, int64_t first_row, int64_t rows) {
         j->task->stats);
 }
 
-static qg_status step_right(const job *j) {
+/* N[:, rows] from R[:, rows] = P G[rows, :]^T */
+static qg_status normalise_rows(const job *j, int64_t row, int64_t rows) {
     const qg_step_task *task = j->task;
-    const plan *p = &j->plan;
     int64_t n = task->weight.cols;
-    j->backend->projector_dequantize(&task->projector, 0, p->rank, 0, n, j->basis, j->gemm_format);
-    for (int64_t row = 0; row < task->weight.rows; row += p->tile_rows) {
-        int64_t rows = smaller(p->tile_rows, task->weight.rows - row);
-        qg_status status = QG_SUCCESS;
-        if (!task->low_rank_gradient) { /* R[:, rows] = P G[rows, :]^T */
-            const void *gradient = element_at(task->gradient, task->grad_format, row * n);
-            if (task->grad_format != j->gemm_format) {
-                j->backend->cast(j->tile, j->gemm_format, gradient, task->grad_format, rows, n, n);
-                gradient = j->tile;
-            }
-            status = gemm(j, p->rank, rows, n, j->basis, n, 1, gradient, 1, n, projected(j), rows);
+    qg_status status = QG_SUCCESS;
+    if (!task->low_rank_gradient) {
+        const operand r = low_rank_columns(j, row, rows);
+        const void *gradient = element_at(task->gradient, task->grad_format, row * n);
+        if (task->grad_format != j->gemm_format) {
+            j->backend->cast(j->tile, j->gemm_format, gradient, task->grad_format, rows, n, n);
+            gradient = j->tile;
         }
-        if (status == QG_SUCCESS) { /* U[rows, :] = N[:, rows]^T P */
-            const void *direction = normalise(j, row, rows);
-            status = gemm(j, rows, n, p->rank, direction, 1, rows, j->basis, n, 1, j->tile, n);
-        }
-        if (status != QG_SUCCESS) {
-            return status;
-        }
-        update_rows(j, row, rows);
+        status = gemm(j, j->plan.rank, rows, n, j->basis, n, 1, gradient, 1, n, r.data, r.row_stride);
     }
-    return QG_SUCCESS;
+    if (status == QG_SUCCESS) {
+        normalise(j, row, rows);
+    }
+    return status;
 }
 
-/* R = P G, a piece of the basis at a time; G is cast by tiles of columns where its format differs from the GEMM's. */
-static qg_status project_left(const job *j) {
+/* W[rows, :] by U[rows, :] = N[:, rows]^T P */
+static qg_status apply_rows(const job *j, int64_t row, int64_t rows) {
+    int64_t n = j->task->weight.cols;
+    const operand d = direction(j, row, rows);
+    qg_status status = gemm(j, rows, n, j->plan.rank, d.data, 1, d.row_stride, j->basis, n, 1, j->tile, n);
+    if (status == QG_SUCCESS) {
+        update_rows(j, row, rows);
+    }
+    return status;
+}
+
+/* Tile by tile; with a limit all of N first. */
+static qg_status step_right(job *j) {
+    const qg_weight *weight = &j->task->weight;
+    int limited = j->params->norm_growth_limit > 0.0;
+    qg_status status = QG_SUCCESS;
+    j->backend->projector_dequantize(&j->task->projector, 0, j->plan.rank, 0, weight->cols, j->basis, j->gemm_format);
+    for (int64_t row = 0; status == QG_SUCCESS && row < weight->rows; row += j->plan.tile_rows) {
+        int64_t rows = smaller(j->plan.tile_rows, weight->rows - row);
+        status = normalise_rows(j, row, rows);
+        if (status == QG_SUCCESS && !limited) {
+            status = apply_rows(j, row, rows);
+        }
+    }
+    if (status != QG_SUCCESS || !limited) {
+        return status;
+    }
+    limit_growth(j);
+    for (int64_t row = 0; status == QG_SUCCESS && row < weight->rows; row += j->plan.tile_rows) {
+        status = apply_rows(j, row, smaller(j->plan.tile_rows, weight->rows - row));
+    }
+    return status;
+}
+
+/* out [rank, n] = P G, a piece of the basis at a time; G is cast by tiles of columns where its format differs from the
+ * GEMM's. */
+static qg_status project_left(const job *j, void *out) {
     const qg_step_task *task = j->task;
     const plan *p = &j->plan;
     int64_t m = task->weight.rows, n = task->weight.cols;
@@ -326,7 +413,7 @@ static qg_status project_left(const job *j) {
                 gradient = j->tile;
                 stride = cols;
             }
-            void *target = (void *)element_at(projected(j), j->gemm_format, vector * n + col);
+            void *target = (void *)element_at(out, j->gemm_format, vector * n + col);
             qg_status status = gemm(j, vectors, cols, m, j->basis, m, 1, gradient, stride, 1, target, n);
             if (status != QG_SUCCESS) {
                 return status;
@@ -336,27 +423,66 @@ static qg_status project_left(const job *j) {
     return QG_SUCCESS;
 }
 
-static qg_status step_left(const job *j) {
+/* R [rank, rank] = (P_L G) P_R^T, some vectors of P_R at a time. */
+static qg_status project_both(const job *j) {
+    const plan *p = &j->plan;
+    int64_t n = j->task->weight.cols;
+    const operand r = low_rank_columns(j, 0, p->rank);
+    qg_status status = project_left(j, j->inner);
+    for (int64_t vector = 0; status == QG_SUCCESS && vector < p->rank; vector += p->slice_rows) {
+        int64_t vectors = smaller(p->slice_rows, p->rank - vector);
+        void *target = (void *)element_at(r.data, j->gemm_format, vector);
+        j->backend->projector_dequantize(&j->task->right_projector, vector, vectors, 0, n, j->basis, j->gemm_format);
+        status = gemm(j, p->rank, vectors, n, j->inner, n, 1, j->basis, 1, n, target, r.row_stride);
+    }
+    return status;
+}
+
+/* inner [rank, n] = N P_R, some columns of P_R at a time. */
+static qg_status expand_right(const job *j, operand d) {
+    const plan *p = &j->plan;
+    int64_t n = j->task->weight.cols;
+    qg_status status = QG_SUCCESS;
+    for (int64_t col = 0; status == QG_SUCCESS && col < n; col += p->slice_cols) {
+        int64_t cols = smaller(p->slice_cols, n - col);
+        void *target = (void *)element_at(j->inner, j->gemm_format, col);
+        j->backend->projector_dequantize(&j->task->right_projector, 0, p->rank, col, cols, j->basis, j->gemm_format);
+        status = gemm(j, p->rank, cols, p->rank, d.data, d.row_stride, 1, j->basis, cols, 1, target, n);
+    }
+    return status;
+}
+
+/* On the left, or on both sides. */
+static qg_status step_left(job *j) {
     const qg_step_task *task = j->task;
     const plan *p = &j->plan;
+    int full = task->side == QG_FULL;
     int64_t n = task->weight.cols;
+    qg_status status = QG_SUCCESS;
     if (!task->low_rank_gradient) {
-        qg_status status = project_left(j);
-        if (status != QG_SUCCESS) {
-            return status;
-        }
+        status = full ? project_both(j) : project_left(j, low_rank_columns(j, 0, n).data);
     }
-    const void *direction = normalise(j, 0, n);
-    for (int64_t row = 0; row < task->weight.rows; row += p->tile_rows) { /* U[rows, :] = P[:, rows]^T N */
-        int64_t rows = smaller(p->tile_rows, task->weight.rows - row);
+    if (status != QG_SUCCESS) {
+        return status;
+    }
+    normalise(j, 0, p->other);
+    if (j->params->norm_growth_limit > 0.0) {
+        limit_growth(j);
+    }
+    operand d = direction(j, 0, p->other);
+    if (full) {
+        status = expand_right(j, d);
+        d = (operand){j->inner, n};
+    }
+    for (int64_t row = 0; status == QG_SUCCESS && row < task->weight.rows; row += p->tile_rows) {
+        int64_t rows = smaller(p->tile_rows, task->weight.rows - row); /* U[rows, :] = P[:, rows]^T (N or N P_R) */
         j->backend->projector_dequantize(&task->projector, 0, p->rank, row, rows, j->basis, j->gemm_format);
-        qg_status status = gemm(j, rows, n, p->rank, j->basis, 1, rows, direction, n, 1, j->tile, n);
-        if (status != QG_SUCCESS) {
-            return status;
+        status = gemm(j, rows, n, p->rank, j->basis, 1, rows, d.data, d.row_stride, 1, j->tile, n);
+        if (status == QG_SUCCESS) {
+            update_rows(j, row, rows);
         }
-        update_rows(j, row, rows);
     }
-    return QG_SUCCESS;
+    return status;
 }
 
 qg_status qg_galore_scratch_size(
@@ -409,6 +535,7 @@ qg_status qg_galore_step(
         char *memory = align(scratch);
         job j = {
             .task = task,
+            .params = params,
             .backend = backend,
             .linalg = linalg,
             .plan = make_plan(task, params),
@@ -420,6 +547,7 @@ qg_status qg_galore_step(
         j.basis = memory + j.plan.basis;
         j.normalised = (float *)(memory + j.plan.normalised);
         j.rounded = j.gemm_format == QG_FLOAT32 ? NULL : memory + j.plan.rounded;
+        j.inner = memory + j.plan.inner;
         j.tile = memory + j.plan.tile;
         status = task->side == QG_RIGHT ? step_right(&j) : step_left(&j);
     }

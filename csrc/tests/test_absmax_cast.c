@@ -1,4 +1,4 @@
-/* The check for finite gradients (absmax), and conversions between the float formats. */
+/* The check for finite gradients (absmax), the sum of squares, and conversions between the float formats. */
 #include "harness.h"
 #include "reference.h"
 
@@ -29,6 +29,32 @@ static void test_absmax(void) {
             }
         }
         RELEASE("absmax writes outside its output");
+    }
+}
+
+/* The same bits at every level and thread count, and the sum of the definition. */
+static void test_sum_of_squares(void) {
+    static const int64_t counts[] = {0, 1, 7, 8, 9, 63, 64, 65, 511, 513, 4099, 32767, 32768, 100003};
+    for (int c = 0; c < 14 * 3; c++) {
+        int64_t count = counts[c % 14];
+        float *source = guarded((size_t)count * 4, 4);
+        long double exact = 0.0L;
+        for (int64_t i = 0; i < count; i++) {
+            source[i] = (float)ldexp(random_normal(), (int)(c / 14 == 0 ? 0 : c / 14 == 1 ? -140 : 120) - (int)(i % 9));
+            exact += (long double)source[i] * source[i];
+        }
+        double want = NAN;
+        for (int simd = 0; simd < LEVELS; simd++) {
+            for (int threads = 1; level(simd) != NULL && threads <= 3; threads++) {
+                double *got = guarded(8, 8);
+                omp_set_num_threads(threads);
+                level(simd)->sum_of_squares(got, source, count);
+                want = simd == 0 && threads == 1 ? *got : want;
+                CHECK_BYTES(got, &want, 8, "sum of %lld squares, level %d", (long long)count, simd);
+            }
+        }
+        CHECK(fabsl(want - exact) <= 1e-13L * exact, "%lld squares: %.17g, not %.17Lg", (long long)count, want, exact);
+        RELEASE("sum_of_squares writes outside its output");
     }
 }
 
@@ -168,6 +194,7 @@ int main(void) {
     random_seed(7);
     test_absmax();
     test_absmax_extremes();
+    test_sum_of_squares();
     test_absmax_threads();
     test_cast_values();
     test_cast_shapes();

@@ -72,7 +72,7 @@ static void every_call(const qg_backend *backend, int threads) {
     qg_linalg linalg = ref_linalg(&context);
     float largest;
     size_t size = 0;
-    qg_step_params params = {sizeof params, 1, 1e-3, 0.9, 0.999, 1e-8, 0.1, 0.25, 1, QG_BFLOAT16};
+    qg_step_params params = {sizeof params, 1, 1e-3, 0.9, 0.999, 1e-8, 0.1, 0.25, 1, QG_BFLOAT16, 0.0};
     qg_weight weight = {codes, scales, zeros, ROWS, COLS, 256, QG_INT8};
     qg_step_task task = {.weight = weight,
         .moments = {exp_avg, exp_avg_sq, absmax[0], absmax[1], 256, QG_DYNAMIC8},
@@ -94,6 +94,12 @@ static void every_call(const qg_backend *backend, int threads) {
     CHECK_OK(qg_galore_step(&task, 1, &params, scratch, sizeof scratch, backend, &linalg));
     task.side = QG_LEFT;
     task.projector.dim = ROWS;
+    CHECK_OK(qg_galore_step(&task, 1, &params, scratch, sizeof scratch, backend, &linalg));
+    double norm = 1.0;
+    task.side = QG_FULL;
+    task.right_projector = (qg_projector){basis, basis_scales, basis_zeros, RANK, COLS, 256, QG_INT4};
+    task.norm = &norm;
+    params.norm_growth_limit = 1.01;
     CHECK_OK(qg_galore_step(&task, 1, &params, scratch, sizeof scratch, backend, &linalg));
     CHECK_OK(qg_adam8_scratch_size(&task, 1, &params, backend, &size));
     CHECK_OK(qg_adam8_step(&task, 1, &params, scratch, sizeof scratch, backend));

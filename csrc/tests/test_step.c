@@ -92,6 +92,7 @@ static qg_step_task copy_of(const qg_step_task *task, int64_t r_rows, int64_t r_
     copy.moments.exp_avg_sq_absmax =
         m->exp_avg_sq_absmax == NULL ? NULL : guarded_copy(m->exp_avg_sq_absmax, absmax, 4);
     copy.stats = guarded_copy(&(int64_t[2]){7, 8}, 16, 8);
+    copy.norm = task->norm == NULL ? NULL : guarded_copy(task->norm, 8, 8);
     return copy;
 }
 
@@ -125,9 +126,9 @@ static void check_same(
 
 /* ---------------------------------------------------------------- the steps, written plainly */
 
-static qg_update_coefficients update_coefficients(const qg_step_params *p) {
-    return (qg_update_coefficients){(float)(1.0 - p->lr * p->weight_decay), (float)(p->lr * p->weight_decay),
-        (float)(p->lr * p->scale), p->stochastic_round};
+static qg_update_coefficients update_coefficients(const qg_step_params *p, double rate) {
+    return (qg_update_coefficients){
+        (float)(1.0 - p->lr * p->weight_decay), (float)(p->lr * p->weight_decay), (float)rate, p->stochastic_round};
 }
 
 /* Adam on R [rows, cols] in float32, block by block; N [rows, cols] comes back. */
@@ -147,8 +148,8 @@ static void reference_adam(
     }
 }
 
-static void reference_update(const qg_step_task *t, const qg_step_params *p, const float *u) {
-    qg_update_coefficients c = update_coefficients(p);
+static void reference_update(const qg_step_task *t, const qg_step_params *p, const float *u, double rate) {
+    qg_update_coefficients c = update_coefficients(p, rate);
     qg_noise_stream stream = {p->seed, (uint64_t)t->noise_step, t->id};
     ref_update(&t->weight, 0, t->weight.rows * t->weight.cols, u, &c, &stream, t->stats);
 }
@@ -178,15 +179,43 @@ static float *product(int64_t m, int64_t n, int64_t k, const float *a, const flo
     return rounded(c, m * n, format);
 }
 
+static float *decoded(const qg_projector *projector) {
+    float *values = guarded((size_t)(projector->rank * projector->dim) * 4, 0);
+    CHECK_OK(qg_projector_dequantize(projector, values, QG_FLOAT32, level(QG_SIMD_SCALAR)));
+    return values;
+}
+
+static float *transposed(const float *x, int64_t rows, int64_t cols) {
+    float *out = guarded((size_t)(rows * cols) * 4, 0);
+    for (int64_t i = 0; i < rows * cols; i++)
+        out[i % cols * rows + i / cols] = x[i];
+    return out;
+}
+
+/* The rate of a step whose N has `count` elements; the norm that is kept is updated. */
+static double limited_rate(const qg_step_task *t, const qg_step_params *p, const float *normalised, int64_t count) {
+    double now, most = t->norm == NULL ? 0.0 : p->norm_growth_limit * *t->norm;
+    long double squares = 0.0L;
+    for (int64_t i = 0; i < count; i++)
+        squares += (long double)normalised[i] * normalised[i];
+    now = sqrt((double)squares);
+    int held = most > 0.0 && now > most;
+    if (t->norm != NULL)
+        *t->norm = held ? most : now;
+    return p->lr * p->scale * (held ? most / now : 1.0);
+}
+
 /* One projected step on copies; its weights are compared with the formula in double. */
 static void reference_galore(const qg_step_task *t, const qg_step_params *p, int c) {
     int64_t m = t->weight.rows, n = t->weight.cols, rank = t->projector.rank, right = t->side == QG_RIGHT,
-            k = right ? m : n;
+            full = t->side == QG_FULL,
+            k = right  ? m
+                : full ? rank
+                       : n;
     int64_t dim = t->projector.dim, g_count = t->low_rank_gradient ? rank * k : m * n;
-    float *basis = guarded((size_t)(rank * dim) * 4, 0), *g = guarded((size_t)g_count * 4, 0);
-    float *normalised = guarded((size_t)(rank * k) * 4, 0), *before = guarded((size_t)(m * n) * 4, 0),
-          *g_t = guarded((size_t)(m * n) * 4, 0);
-    CHECK_OK(qg_projector_dequantize(&t->projector, basis, QG_FLOAT32, level(QG_SIMD_SCALAR)));
+    float *basis = decoded(&t->projector), *right_basis = full ? decoded(&t->right_projector) : NULL;
+    float *g = guarded((size_t)g_count * 4, 0), *normalised = guarded((size_t)(rank * k) * 4, 0),
+          *before = guarded((size_t)(m * n) * 4, 0);
     for (int64_t i = 0; i < g_count; i++)
         g[i] = ref_load(t->grad_format, t->gradient, i);
     for (int64_t i = 0; i < m * n; i++) {
@@ -194,22 +223,37 @@ static void reference_galore(const qg_step_task *t, const qg_step_params *p, int
         before[i] = w->format != QG_INT8
                         ? ref_load(w->format, w->data, i)
                         : w->scales[i / w->group_size] * (float)(((uint8_t *)w->data)[i] - w->zeros[i / w->group_size]);
-        if (!t->low_rank_gradient)
-            g_t[i % n * m + i / n] = g[i];
     }
-    const float *r = t->low_rank_gradient ? g : product(rank, k, dim, basis, right ? g : g_t, 1, p->gemm_format);
+    const float *r = g;
+    if (!t->low_rank_gradient) {
+        r = product(rank, right ? m : n, dim, basis, right ? g : transposed(g, m, n), 1, p->gemm_format);
+        r = full ? product(rank, rank, n, r, right_basis, 1, p->gemm_format) : r;
+    }
     reference_adam(t, p, rank, k, r, normalised);
+    double keep = 1.0 - p->lr * p->weight_decay, rate = limited_rate(t, p, normalised, rank * k), worst = 0.0;
+    const float *direction = normalised;
+    if (full)
+        direction = product(rank, n, rank, transposed(normalised, rank, rank), right_basis, 0, p->gemm_format);
     reference_update(
-        t, p, product(m, n, rank, right ? normalised : basis, right ? basis : normalised, 0, p->gemm_format));
-    double keep = 1.0 - p->lr * p->weight_decay, rate = p->lr * p->scale, worst = 0.0;
+        t, p, product(m, n, rank, right ? direction : basis, right ? basis : direction, 0, p->gemm_format), rate);
+    /* U = A^T B with A [rank, m], B [rank, n]; B_size: what the sums in B are made of. */
+    double *b = guarded((size_t)(rank * n) * 8, 0), *b_size = guarded((size_t)(rank * n) * 8, 0);
+    for (int64_t i = 0; i < rank * n; i++) {
+        b[i] = right ? basis[i] : full ? 0.0 : normalised[i];
+        b_size[i] = fabs(b[i]);
+        for (int64_t l = 0; full && l < rank; l++) {
+            double term = (double)normalised[i / n * rank + l] * right_basis[l * n + i % n];
+            b[i] += term;
+            b_size[i] += fabs(term);
+        }
+    }
     for (int64_t i = 0; i < m * n; i++) {
         const qg_weight *w = &t->weight;
         double exact = 0.0, size = 0.0, room, after;
         for (int64_t l = 0; l < rank; l++) {
-            double term = right ? (double)normalised[l * k + i / n] * basis[l * dim + i % n]
-                                : (double)basis[l * dim + i / n] * normalised[l * k + i % n];
-            exact += term;
-            size += fabs(term);
+            double a = (right ? normalised : basis)[l * m + i / n];
+            exact += a * b[l * n + i % n];
+            size += fabs(a) * b_size[l * n + i % n];
         }
         exact = before[i] * keep - rate * exact;
         if (w->format == QG_INT8) {
@@ -230,16 +274,21 @@ static void reference_galore(const qg_step_task *t, const qg_step_params *p, int
 
 /* rows, cols, rank */
 static const int64_t shapes[][3] = {{40, 24, 8}, {24, 56, 8}, {37, 53, 7}, {1, 9, 1}, {9, 1, 1}, {530, 19, 4},
-    {19, 530, 4}, {300, 31, 5}, {31, 300, 5}, {140, 24, 131}, {257, 64, 3}, {5, 5, 5}};
-enum { SHAPES = 12 };
+    {19, 530, 4}, {300, 31, 5}, {31, 300, 5}, {140, 24, 131}, {257, 64, 3}, {5, 5, 5}, {24, 300, 40}};
+enum { SHAPES = 13 };
 
 static void test_galore(int c) {
+    double norm = c % 5 == 0 ? 0.0 : random_uniform(0.01, 3.0);
     int64_t m = shapes[c % SHAPES][0], n = shapes[c % SHAPES][1], rank = shapes[c % SHAPES][2];
-    qg_side side = random_below(2) ? QG_RIGHT : QG_LEFT;
-    int64_t dim = side == QG_RIGHT ? n : m, k = side == QG_RIGHT ? m : n, block = random_below(3) ? BLOCK : 16;
+    qg_side side = (qg_side)random_below(3);
+    int64_t dim = side == QG_RIGHT ? n : m, k = side == QG_RIGHT ? m : side == QG_LEFT ? n : rank;
+    int64_t block = random_below(3) ? BLOCK : 16, basis_block = random_below(3) ? BLOCK : 16;
+    qg_format basis_format;
     static const qg_format bases[] = {QG_FLOAT32, QG_INT8, QG_INT4};
     qg_step_params params = some_params();
+    params.norm_growth_limit = random_below(2) ? 1.1 : 0.0;
     qg_step_task task = {.side = side,
+        .norm = params.norm_growth_limit > 0.0 ? &norm : NULL,
         .low_rank_gradient = (int32_t)random_below(2),
         .id = (uint32_t)random_bits(),
         .grad_format = float_formats[random_below(3)],
@@ -247,7 +296,10 @@ static void test_galore(int c) {
         .bias_step = 1 + random_below(3)};
     task.weight = random_weight(m, n, weight_formats[random_below(4)], random_below(3) ? BLOCK : 48);
     task.moments = zero_moments(rank, k, random_below(2) ? QG_DYNAMIC8 : QG_FLOAT32, block);
-    task.projector = random_projector(rank, dim, bases[random_below(3)], random_below(3) ? BLOCK : 16);
+    basis_format = bases[random_below(3)];
+    task.projector = random_projector(rank, dim, basis_format, basis_block);
+    if (side == QG_FULL)
+        task.right_projector = random_projector(rank, n, basis_format, basis_block);
     int64_t g_count = task.low_rank_gradient ? rank * k : m * n;
     size_t g_bytes = (size_t)g_count * ref_size(task.grad_format);
     void *g = guarded(g_bytes, ref_size(task.grad_format));
@@ -271,6 +323,12 @@ static void test_galore(int c) {
             void *scratch = guarded(size, (size_t)(c % 5));
             CHECK_OK(qg_galore_step(&got[simd], 1, &params, scratch, size, level(simd), &linalg));
             check_same(&got[simd], &want, rank, k, "galore", c);
+            if (task.norm != NULL) {
+                CHECK(
+                    fabs(*got[simd].norm - *want.norm) <= 1e-14 * *want.norm, "case %d: norm %.17g, not %.17g", c,
+                    *got[simd].norm, *want.norm);
+                CHECK_BYTES(got[simd].norm, got[0].norm, 8, "case %d: the norm at level %d", c, simd);
+            }
             CHECK_BYTES(g, g_before, g_bytes, "case %d: the gradient is written", c);
             got[simd].noise_step++;
             got[simd].bias_step++;
@@ -284,14 +342,21 @@ static void test_galore(int c) {
 /* Peak memory beside the weight: below one byte a weight for a matrix of usual proportions. */
 static void test_galore_scratch(void) {
     qg_weight weight = {&weight, NULL, NULL, 2048, 5461, BLOCK, QG_BFLOAT16};
-    for (int c = 0; c < 4; c++) {
+    for (int c = 0; c < 12; c++) {
+        double norm = 1.0;
+        qg_side side = (qg_side)(c / 2 % 3);
         qg_step_params params = some_params();
         params.gemm_format = c % 2 ? QG_FLOAT32 : QG_BFLOAT16;
+        params.norm_growth_limit = c / 6;
+        qg_projector right = {&weight, (uint16_t *)&weight, (uint8_t *)&weight, 128, 5461, BLOCK, QG_INT4};
+        qg_projector left = {&weight, (uint16_t *)&weight, (uint8_t *)&weight, 128, 2048, BLOCK, QG_INT4};
         qg_step_task task = {.weight = weight,
             .moments = {&weight, &weight, (float *)&weight, (float *)&weight, BLOCK, QG_DYNAMIC8},
-            .projector = {&weight, (uint16_t *)&weight, (uint8_t *)&weight, 128, c / 2 ? 5461 : 2048, BLOCK, QG_INT4},
+            .projector = side == QG_RIGHT ? right : left,
+            .right_projector = right,
             .gradient = &weight,
-            .side = c / 2 ? QG_RIGHT : QG_LEFT,
+            .side = side,
+            .norm = &norm,
             .bias_step = 1};
         size_t size = 0;
         CHECK_OK(qg_galore_scratch_size(&task, 1, &params, &size));
@@ -329,7 +394,7 @@ static void test_adam8(int c) {
         for (int64_t k = 0; k < count; k++)
             r[k] = ref_load(task[i].grad_format, task[i].gradient, k);
         reference_adam(&want[i], &params, 1, count, r, n);
-        reference_update(&want[i], &params, n);
+        reference_update(&want[i], &params, n, params.lr * params.scale);
     }
     for (int simd = 0; simd < LEVELS; simd++) {
         size_t size = 0;

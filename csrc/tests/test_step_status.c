@@ -13,6 +13,7 @@ typedef struct memory {
     uint8_t exp_avg_sq[COUNT];
     float absmax[2][COUNT];
     int64_t stats[2];
+    double norm;
 } memory;
 
 static memory first, second;
@@ -31,11 +32,20 @@ static qg_step_task good_task(memory *m) {
         .gradient = gradient,
         .noise_step = 1,
         .bias_step = 1,
-        .stats = m->stats};
+        .stats = m->stats,
+        .norm = &m->norm};
+}
+
+/* The same task, projected on both sides. */
+static qg_step_task *both_sides(qg_step_task *task) {
+    task->side = QG_FULL;
+    task->right_projector = task->projector;
+    task->projector.dim = ROWS;
+    return task;
 }
 
 static qg_step_params good_params(void) {
-    return (qg_step_params){sizeof(qg_step_params), 1, 0.1, 0.9, 0.999, 1e-8, 0.1, 1.0, 1, QG_FLOAT32};
+    return (qg_step_params){sizeof(qg_step_params), 1, 0.1, 0.9, 0.999, 1e-8, 0.1, 1.0, 1, QG_FLOAT32, 0.0};
 }
 
 /* Size queries and steps refuse alike; the list's other task, which is valid, is not run either. */
@@ -91,6 +101,10 @@ static void test_good(void) {
     qg_step_params params = good_params();
     CHECK_OK(qg_adam8_step(tasks, 2, &params, scratch, sizeof scratch, cpu));
     CHECK_OK(qg_galore_step(tasks, 2, &params, scratch, sizeof scratch, cpu, &linalg));
+    both_sides(&tasks[0]);
+    params.norm_growth_limit = 1.1;
+    CHECK_OK(qg_galore_step(tasks, 2, &params, scratch, sizeof scratch, cpu, &linalg));
+    CHECK(first.norm > 0.0 && second.norm > 0.0, "norms %g and %g", first.norm, second.norm);
 }
 
 static void test_params(void) {
@@ -108,6 +122,9 @@ static void test_params(void) {
     WRONG_PARAMS(p->eps = -1e-8, QG_INVALID_ARGUMENT, "eps");
     WRONG_PARAMS(p->eps = NAN, QG_INVALID_ARGUMENT, "eps");
     WRONG_PARAMS(p->eps = INFINITY, QG_INVALID_ARGUMENT, "eps");
+    WRONG_PARAMS(p->norm_growth_limit = -1.0, QG_INVALID_ARGUMENT, "norm_growth_limit");
+    WRONG_PARAMS(p->norm_growth_limit = NAN, QG_INVALID_ARGUMENT, "norm_growth_limit");
+    WRONG_PARAMS(p->norm_growth_limit = INFINITY, QG_INVALID_ARGUMENT, "norm_growth_limit");
     WRONG_PARAMS(p->lr = 1e300, QG_INVALID_ARGUMENT, "lr"); /* infinite in float32 */
     WRONG_PARAMS(p->weight_decay = 1e300, QG_INVALID_ARGUMENT, "weight_decay");
 }
@@ -143,7 +160,7 @@ static void test_tasks(void) {
         WRONG_TASK(t->bias_step = 0, galore, QG_INVALID_ARGUMENT, "bias_step");
         WRONG_TASK(t->noise_step = -1, galore, QG_INVALID_ARGUMENT, "noise_step");
     }
-    WRONG_TASK(t->side = (qg_side)2, 1, QG_UNSUPPORTED, "side 2");
+    WRONG_TASK(t->side = (qg_side)3, 1, QG_UNSUPPORTED, "side 3");
     WRONG_TASK(t->projector.rank = 0, 1, QG_INVALID_ARGUMENT, "rank");
     WRONG_TASK(t->projector.rank = INT64_MAX / 4, 1, QG_INVALID_ARGUMENT, "R");
     WRONG_TASK(t->projector.dim = ROWS, 1, QG_INVALID_ARGUMENT, "length 10");
@@ -153,6 +170,17 @@ static void test_tasks(void) {
     WRONG_TASK(t->projector.zeros = NULL, 1, QG_INVALID_ARGUMENT, "zeros");
     WRONG_TASK(t->projector.block = 0, 1, QG_INVALID_ARGUMENT, "block");
     WRONG_TASK(t->projector.format = QG_DYNAMIC8, 1, QG_UNSUPPORTED, "format 32");
+    WRONG_TASK(
+        both_sides(t)->projector.dim = COLS, 1, QG_INVALID_ARGUMENT, "projector 1: expected rank >= 1 vectors of");
+    WRONG_TASK(both_sides(t)->right_projector.dim = ROWS, 1, QG_INVALID_ARGUMENT, "right_projector 1");
+    WRONG_TASK(both_sides(t)->right_projector.rank = RANK - 1, 1, QG_INVALID_ARGUMENT, "3 vectors like the left one");
+    WRONG_TASK(both_sides(t)->right_projector.codes = NULL, 1, QG_INVALID_ARGUMENT, "right_projector 1");
+    WRONG_TASK(both_sides(t)->right_projector.scales = NULL, 1, QG_INVALID_ARGUMENT, "right_projector 1");
+    WRONG_TASK(both_sides(t)->right_projector.format = QG_FLOAT16, 1, QG_UNSUPPORTED, "right_projector 1");
+    WRONG_TASK((p->norm_growth_limit = 1.1, t->norm = NULL), 1, QG_INVALID_ARGUMENT, "norm");
+    WRONG_TASK((p->norm_growth_limit = 1.1, second.norm = -1.0), 1, QG_INVALID_ARGUMENT, "got -1");
+    WRONG_TASK((p->norm_growth_limit = 1.1, second.norm = NAN), 1, QG_INVALID_ARGUMENT, "norm");
+    second.norm = 1.0;
     WRONG_TASK(p->gemm_format = QG_FLOAT16, 1, QG_UNSUPPORTED, "gemm_format 2");
 }
 
@@ -197,16 +225,25 @@ static void test_scratch_and_tables(void) {
 /* A GEMM that fails stops the step, and its status comes back. */
 static void test_failing_gemm(void) {
     qg_step_params params = good_params();
-    for (int c = 0; c < 4; c++) {
+    static const struct {
+        qg_side side;
+        double limit;
+        int64_t fail_at;
+    } cases[] = {{QG_RIGHT, 0, 1}, {QG_RIGHT, 0, 2}, {QG_LEFT, 0, 1}, {QG_LEFT, 0, 2}, {QG_RIGHT, 2, 1},
+        {QG_RIGHT, 2, 2}, {QG_FULL, 0, 1}, {QG_FULL, 0, 2}, {QG_FULL, 0, 3}, {QG_FULL, 0, 4}};
+    for (int c = 0; c < 10; c++) {
         qg_step_task task = good_task(&first);
-        task.side = c < 2 ? QG_RIGHT : QG_LEFT;
-        task.projector.dim = c < 2 ? COLS : ROWS;
+        if (cases[c].side == QG_FULL)
+            both_sides(&task);
+        task.side = cases[c].side;
+        task.projector.dim = task.side == QG_RIGHT ? COLS : ROWS;
+        params.norm_growth_limit = cases[c].limit;
         memory before = first;
-        products = (ref_gemm_context){0, 1 + c % 2};
+        products = (ref_gemm_context){0, cases[c].fail_at};
         CHECK(
             qg_galore_step(&task, 1, &params, scratch, sizeof scratch, cpu, &linalg) == QG_INTERNAL, "case %d goes on",
             c);
-        CHECK(products.calls == 1 + c % 2, "case %d: %lld products", c, (long long)products.calls);
+        CHECK(products.calls == cases[c].fail_at, "case %d: %lld products", c, (long long)products.calls);
         CHECK_BYTES(first.codes, before.codes, sizeof before.codes, "case %d: the weight is updated", c);
     }
     products = (ref_gemm_context){0, 0};

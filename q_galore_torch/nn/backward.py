@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from q_galore_torch.subspace import RIGHT
+from q_galore_torch.subspace import FULL, RIGHT
 
 if TYPE_CHECKING:
     from q_galore_torch.nn.binding import Binding
@@ -76,7 +76,8 @@ def low_rank(x: Tensor, dy: Tensor, layer: QGaLoreLinear) -> Tensor:
         layer: whose projector is used.
 
     Returns:
-        ``(X P^T)^T dY`` [r, m] (right) or ``(P dY^T) X`` [r, n] (left): 2 T r (m + n) flops instead of 2 T m n.
+        ``(X P^T)^T dY`` [r, m] (right) or ``(P dY^T) X`` [r, n] (left): 2 T r (m + n) flops instead of 2 T m n; or
+        ``(P_L dY^T) (X P_R^T)`` [r, r] (full): 2 T r (m + n + r).
 
     Raises:
         RuntimeError: no optimizer has been made for the layer.
@@ -87,19 +88,35 @@ def low_rank(x: Tensor, dy: Tensor, layer: QGaLoreLinear) -> Tensor:
             f"the low-rank backward of {layer.label or 'a QGaLoreLinear'} needs the optimizer's projector; "
             "create QGaLoreAdamW8bit(param_groups(model, ...)) before the first backward"
         )
-    basis = binding.basis(x.dtype)
-    m, n, r = layer.out_features, layer.in_features, basis.shape[0]
-    cheaper_full = r * (m + n) > m * n
+    cheaper_full = _cheaper_full(layer)
     full = dy.t() @ x if binding.due or cheaper_full else None
-    right = binding.side == RIGHT
     if cheaper_full:
         assert full is not None
-        projected = basis @ (full.t() if right else full)
-    elif right:
-        projected = (x @ basis.t()).t() @ dy
+        projected = _projection_of(full, binding)
     else:
-        projected = (dy @ basis.t()).t() @ x
+        projected = _direct(x, dy, binding)
     if binding.due:
         assert full is not None
         binding.add(full, layer.leaf)
     return projected.to(layer.leaf.dtype)
+
+
+def _cheaper_full(layer: QGaLoreLinear) -> bool:
+    """Whether forming G takes fewer flops a token than forming R without it."""
+    m, n, r = layer.out_features, layer.in_features, layer.leaf.shape[0]
+    return r * (m + n + (r if layer.side == FULL else 0)) > m * n
+
+
+def _projection_of(gradient: Tensor, binding: Binding) -> Tensor:
+    """R of a full gradient [m, n]."""
+    projected = binding.basis(gradient.dtype) @ (gradient.t() if binding.side == RIGHT else gradient)
+    return projected @ binding.right_basis(gradient.dtype).t() if binding.side == FULL else projected
+
+
+def _direct(x: Tensor, dy: Tensor, binding: Binding) -> Tensor:
+    """R of x [T, n] and dy [T, m] without the full gradient."""
+    basis = binding.basis(x.dtype)
+    if binding.side == RIGHT:
+        return (x @ basis.t()).t() @ dy
+    left = (dy @ basis.t()).t()
+    return left @ (x @ binding.right_basis(x.dtype).t()) if binding.side == FULL else left @ x

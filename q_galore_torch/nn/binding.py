@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from q_galore_torch import ops
+from q_galore_torch.subspace import FULL
 
 if TYPE_CHECKING:
     from q_galore_torch.nn.leaf import ZeroLeaf
@@ -27,6 +28,10 @@ class Binding:
     def __init__(self, state: dict[str, Any], group: dict[str, Any]) -> None:
         self.codes, self.scales, self.zeros = state["proj_codes"], state["proj_scales"], state["proj_zeros"]
         self.dim, self.side = state["dim"], state["side"]
+        self._right: tuple[Tensor, Tensor, Tensor, int] | None = None
+        if self.side == FULL:
+            codes, scales, zeros = state["right_codes"], state["right_scales"], state["right_zeros"]
+            self._right = (codes, scales, zeros, state["right_dim"])
         self.proj_format, self.proj_block = group["proj_format"], group["proj_block"]
         self.due = False
         self.stash: Tensor | None = None
@@ -34,11 +39,17 @@ class Binding:
         self._hook: RemovableHandle | None = None
 
     def basis(self, dtype: torch.dtype) -> Tensor:
-        """The decoded basis [r, d]."""
+        """The decoded basis [r, d]; on both sides the left one [r, m]."""
+        return self._decoded(self.codes, self.scales, self.zeros, self.dim, dtype)
+
+    def right_basis(self, dtype: torch.dtype) -> Tensor:
+        """The decoded right basis [r, n] of a weight that is projected on both sides."""
+        assert self._right is not None
+        return self._decoded(*self._right, dtype)
+
+    def _decoded(self, codes: Tensor, scales: Tensor, zeros: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         direct = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        return ops.projector_dequantize(
-            self.codes, self.scales, self.zeros, self.proj_format, self.proj_block, self.dim, direct
-        ).to(dtype)
+        return ops.projector_dequantize(codes, scales, zeros, self.proj_format, self.proj_block, dim, direct).to(dtype)
 
     def add(self, gradient: Tensor, leaf: ZeroLeaf) -> None:
         """Add a micro-batch's full gradient [m, n] to the stash.

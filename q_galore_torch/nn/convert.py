@@ -47,7 +47,8 @@ def prepare_model(
         group_size: consecutive weights that share a scale and a zero point, default 256.
         grad_mode: ``"low_rank"`` (default): the backward computes the projected gradient; ``"full"``: the ordinary one.
         grad_dtype: dtype of the projected gradient, ``"float32"`` (default) or ``"bfloat16"``.
-        proj_type: ``"std"`` (default): the shorter side is projected.
+        proj_type: which side is projected: ``"std"`` (default) the shorter one, ``"reverse_std"`` the longer one,
+            ``"right"``, ``"left"``, or ``"full"`` for both (R is then r x r).
         save_projected: only True (default) for now.
 
     Returns:
@@ -206,13 +207,14 @@ def param_groups(model: nn.Module, rank: int | None = None, **options: Any) -> l
         options: options of the projected group: ``update_proj_gap``, ``scale``, ``proj_format``, ``lr``, ...
 
     Returns:
-        ``[{"params": everything else that trains}, {"params": the layers' leaves, "rank": rank, **options}]``; a group
-        for each rank where clipped ranks differ, and no group without parameters. Each carries ``param_names``.
+        ``[{"params": everything else that trains}, {"params": the layers' leaves, "rank": rank, "proj_type": type,
+        **options}]``; a group for each rank and type where clipped ranks or types differ, and no group without
+        parameters. Each carries ``param_names``.
 
     Raises:
         ValueError: the model is not prepared, or ``rank`` or ``proj_type`` differ from its layers.
     """
-    matrices: dict[int, tuple[Tensor, str, int]] = {}
+    matrices: dict[int, tuple[Tensor, str, tuple[int, str]]] = {}
     for name, module in model.named_modules():
         mark = getattr(module, _MARK, None)
         if isinstance(module, QGaLoreLinear):
@@ -230,17 +232,18 @@ def param_groups(model: nn.Module, rank: int | None = None, **options: Any) -> l
         given = options.get("proj_type", mark["proj_type"])
         if given != mark["proj_type"]:
             raise ValueError(f"proj_type must be {mark['proj_type']!r}, with which {name} was prepared, got {given!r}")
-        matrices[id(parameter)] = (parameter, name, mark["rank"])
+        matrices[id(parameter)] = (parameter, name, (mark["rank"], mark["proj_type"]))
     if not matrices:
         raise ValueError("the model has no trainable prepared layer: call prepare_model first")
     rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in matrices]
     groups: list[dict[str, Any]] = []
     if rest:
         groups.append({"params": [p for _, p in rest], "param_names": [n for n, _ in rest]})
-    for each in sorted({r for _, _, r in matrices.values()}, reverse=True):
-        members = [(p, name) for p, name, r in matrices.values() if r == each]
+    for kind in sorted({kind for _, _, kind in matrices.values()}, key=lambda kind: (-kind[0], kind[1])):
+        members = [(p, name) for p, name, its_kind in matrices.values() if its_kind == kind]
         names = [f"{name}.{_leaf_name(model.get_submodule(name))}" for _, name in members]
-        groups.append({"params": [p for p, _ in members], "param_names": names, "rank": each, **options})
+        shape = {"rank": kind[0], "proj_type": kind[1]}
+        groups.append({"params": [p for p, _ in members], "param_names": names, **shape, **options})
     return groups
 
 

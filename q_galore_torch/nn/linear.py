@@ -12,7 +12,7 @@ from q_galore_torch import ops
 from q_galore_torch.nn import leaf as leaves
 from q_galore_torch.nn.backward import LinearFunction
 from q_galore_torch.nn.leaf import ZeroLeaf, ZeroWeight
-from q_galore_torch.subspace import RIGHT, side_of
+from q_galore_torch.subspace import FULL, RIGHT, side_of
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks"),
@@ -28,8 +28,9 @@ class QGaLoreLinear(nn.Module):
     Made by :func:`q_galore_torch.prepare_model`. The layer has one trainable leaf of zeros that takes no memory:
 
     - ``grad_mode="low_rank"``: ``coordinates``, of the shape of the projected gradient R. The backward computes
-      ``R = (X P^T)^T dY`` (right) or ``(P dY^T) X`` (left) and never forms the full gradient, except in the steps in
-      which a new basis is due, and for r > mn / (m + n), where forming it is cheaper. P is lent by the optimizer.
+      ``R = (X P^T)^T dY`` (right), ``(P dY^T) X`` (left) or ``(P_L dY^T) (X P_R^T)`` (full) and never forms the full
+      gradient, except in the steps in which a new basis is due, and for r > mn / (m + n) (full: r (m + n + r) > mn),
+      where forming it is cheaper. The bases are lent by the optimizer.
     - ``grad_mode="full"``: ``weight``, of the weight's shape, whose gradient is the ordinary one.
 
     Args:
@@ -41,7 +42,8 @@ class QGaLoreLinear(nn.Module):
         group_size: consecutive elements of the row-major weight that share a scale, default 256.
         grad_mode: ``"low_rank"`` (default) or ``"full"`` (INT8 only).
         grad_dtype: dtype of R's accumulator, ``"float32"`` (default) or ``"bfloat16"`` (some 8 micro-batches at most).
-        proj_type: ``"std"``: the shorter side is projected.
+        proj_type: which side of the gradient is projected: ``"std"`` (default) the shorter one, ``"reverse_std"`` the
+            longer one, ``"right"`` (in_features) and ``"left"`` (out_features) the one they name, ``"full"`` both.
         device: default torch's.
         dtype: float dtype of the bias, a float weight and of decoded weights outside the forward, default torch's.
 
@@ -202,6 +204,8 @@ class QGaLoreLinear(nn.Module):
 
     def _low_rank_shape(self) -> tuple[int, int]:
         assert self.rank is not None
+        if self.side == FULL:
+            return self.rank, self.rank
         return self.rank, self.out_features if self.side == RIGHT else self.in_features
 
     def _leaf_dtype(self) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from q_galore_torch.reference.formats import (
     weight_range,
 )
 
-RIGHT, LEFT = 0, 1
+RIGHT, LEFT, FULL = 0, 1, 2
 
 
 def _adam(
@@ -203,6 +205,14 @@ def adam8_step_(
         )
 
 
+def _limit_growth(normalised: Tensor, limit: float, norm: Tensor) -> float:
+    """The factor by which N is shrunk so that its norm is at most ``limit`` times the last one; the norm is updated."""
+    now, most = torch.linalg.vector_norm(normalised.double()).item(), limit * norm.item()
+    rate = most / now if norm > 0 and now > most else 1.0
+    norm.fill_(most if rate < 1 else now)
+    return rate
+
+
 def galore_step_(
     weights: list[Tensor],
     scales: list[Tensor],
@@ -235,22 +245,34 @@ def galore_step_(
     group_size: int = 256,
     block: int = 256,
     compute_dtype: str = "float32",
+    right_codes: Sequence[Tensor] = (),
+    right_scales: Sequence[Tensor] = (),
+    right_zeros: Sequence[Tensor] = (),
+    norm_growth_limit: float = 0.0,
+    norms: Tensor | None = None,
 ) -> None:
     """Projected AdamW on each weight matrix. See :func:`q_galore_torch.ops.galore_step_`."""
     dtype = getattr(torch, compute_dtype)
     for i, weight in enumerate(weights):
         if weight.numel() == 0 or exp_avg[i].numel() == 0:
             continue
-        right = sides[i] == RIGHT
+        right, full = sides[i] == RIGHT, sides[i] == FULL
         dim = weight.shape[1] if right else weight.shape[0]
         basis = projector_dequantize(
             proj_codes[i], proj_scales[i], proj_zeros[i], proj_format, proj_block, dim, dtype=dtype
         )
+        other_basis = basis.new_empty(0)
+        if full:
+            codes, dim = right_codes[i], weight.shape[1]
+            other_basis = projector_dequantize(
+                codes, right_scales[i], right_zeros[i], proj_format, proj_block, dim, dtype=dtype
+            )
         if low_rank:
             projected = grads[i].float()
         else:
             gradient = grads[i].to(dtype)
-            projected = (basis @ (gradient.t() if right else gradient)).float()
+            inner = basis @ (gradient.t() if right else gradient)
+            projected = (inner @ other_basis.t() if full else inner).float()
         normalised = _adam(
             projected,
             exp_avg[i],
@@ -262,8 +284,14 @@ def galore_step_(
             beta2,
             eps,
             block,
-        ).to(dtype)
-        update = (normalised.t() @ basis if right else basis.t() @ normalised).float()
+        )
+        rate = 1.0
+        if norm_growth_limit and norms is not None:
+            rate = _limit_growth(normalised, norm_growth_limit, norms[i])
+        direction = normalised.to(dtype)
+        if full:
+            direction = direction @ other_basis
+        update = (direction.t() @ basis if right else basis.t() @ direction).float()
         draws = noise(seed, ids[i], noise_steps[i], 0, weight.numel())
         _update(
             weight,
@@ -272,7 +300,7 @@ def galore_step_(
             update.contiguous(),
             lr,
             weight_decay,
-            scale,
+            scale * rate,
             stochastic_round,
             group_size,
             draws,
