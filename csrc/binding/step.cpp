@@ -9,6 +9,8 @@ namespace {
 const std::initializer_list<ScalarType> WEIGHTS = {
     ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Byte};
 
+const ProjectorNames PROJECTOR = {"proj_codes", "proj_scales", "proj_zeros"};
+
 // The lists that both ops share, with the size of a group and of a moment block.
 struct Lists {
     const char *op;
@@ -197,9 +199,7 @@ void galore_step(
     check_length(op, "proj_scales", proj_scales.size(), weights.size());
     check_length(op, "proj_zeros", proj_zeros.size(), weights.size());
     check_length(op, "sides", sides.size(), weights.size());
-    if (proj_block < 1 || proj_block > INT_MAX) {
-        refuse({op, "proj_block"}, "from 1 to 2147483647", std::to_string(proj_block));
-    }
+    check_projector_block({op, "proj_block"}, proj_block);
     std::vector<qg_step_task> tasks(weights.size());
     for (size_t i = 0; i < weights.size(); i++) {
         const int64_t index = static_cast<int64_t>(i);
@@ -215,21 +215,9 @@ void galore_step(
         task.side = static_cast<qg_side>(sides[i]);
         task.low_rank_gradient = low_rank;
         task.weight = weight_of(lists, i, rows, cols);
-
-        const bool is_float = proj_format == QG_FLOAT32;
-        const int64_t row_bytes = proj_format == QG_INT4 ? (dim + 1) / 2 : dim;
-        check_tensor(
-            {op, "proj_codes", index}, proj_codes[i], {is_float ? ScalarType::Float : ScalarType::Byte},
-            {-1, row_bytes});
-        const int64_t rank = proj_codes[i].size(0);
-        if (!is_float) {
-            const std::vector<int64_t> per_block = {rank, blocks(dim, proj_block)};
-            check_tensor({op, "proj_scales", index}, proj_scales[i], {ScalarType::BFloat16}, per_block);
-            check_tensor({op, "proj_zeros", index}, proj_zeros[i], {ScalarType::Byte}, per_block);
-        }
-        task.projector = {proj_codes[i].data_ptr(), static_cast<uint16_t *>(proj_scales[i].data_ptr()),
-            static_cast<uint8_t *>(proj_zeros[i].data_ptr()), rank, dim, static_cast<int32_t>(proj_block),
-            static_cast<qg_format>(proj_format)};
+        task.projector = projector_of(
+            op, PROJECTOR, index, proj_codes[i], proj_scales[i], proj_zeros[i], proj_format, proj_block, dim);
+        const int64_t rank = task.projector.rank;
 
         const std::vector<int64_t> projected = {rank, other};
         check_tensor({op, "grads", index}, grads[i], FLOATS, low_rank ? projected : sizes_of(weights[i]));
