@@ -48,13 +48,15 @@ static qg_moments zero_moments(int64_t rows, int64_t cols, qg_format format, int
 }
 
 static qg_projector random_projector(int64_t rank, int64_t dim, qg_format format, int64_t block) {
-    int64_t count = rank * dim, blocks = rank * blocks_of(dim, block), row = format == QG_INT4 ? (dim + 1) / 2 : dim;
+    int packed = format == QG_INT4 || format == QG_FP4 || format == QG_NF4;
+    int64_t count = rank * dim, blocks = block == 0 ? 1 : rank * blocks_of(dim, block);
+    int64_t row = packed ? (dim + 1) / 2 : dim;
     qg_projector p = {
         guarded((size_t)(rank * row) * ref_size(format), 4), NULL, NULL, rank, dim, (int32_t)block, format};
-    if (format != QG_FLOAT32) {
+    if (format != QG_FLOAT32 && format != QG_BFLOAT16)
         p.scales = guarded((size_t)blocks * 2, 2);
+    if (format == QG_INT4 || format == QG_INT8)
         p.zeros = guarded((size_t)blocks, 1);
-    }
     float *values = guarded((size_t)count * 4, 0);
     for (int64_t i = 0; i < count; i++)
         values[i] = (float)(random_normal() / sqrt((double)dim));
@@ -237,7 +239,8 @@ static void test_galore(int c) {
     int64_t m = shapes[c % SHAPES][0], n = shapes[c % SHAPES][1], rank = shapes[c % SHAPES][2];
     qg_side side = random_below(2) ? QG_RIGHT : QG_LEFT;
     int64_t dim = side == QG_RIGHT ? n : m, k = side == QG_RIGHT ? m : n, block = random_below(3) ? BLOCK : 16;
-    static const qg_format bases[] = {QG_FLOAT32, QG_INT8, QG_INT4};
+    static const qg_format bases[] = {
+        QG_FLOAT32, QG_INT8, QG_INT4, QG_BFLOAT16, QG_FP8_E4M3, QG_FP4, QG_NF4, QG_DYNAMIC8};
     qg_step_params params = some_params();
     qg_step_task task = {.side = side,
         .low_rank_gradient = (int32_t)random_below(2),
@@ -247,7 +250,7 @@ static void test_galore(int c) {
         .bias_step = 1 + random_below(3)};
     task.weight = random_weight(m, n, weight_formats[random_below(4)], random_below(3) ? BLOCK : 48);
     task.moments = zero_moments(rank, k, random_below(2) ? QG_DYNAMIC8 : QG_FLOAT32, block);
-    task.projector = random_projector(rank, dim, bases[random_below(3)], random_below(3) ? BLOCK : 16);
+    task.projector = random_projector(rank, dim, bases[random_below(8)], (int64_t[]){BLOCK, 16, 0}[random_below(3)]);
     int64_t g_count = task.low_rank_gradient ? rank * k : m * n;
     size_t g_bytes = (size_t)g_count * ref_size(task.grad_format);
     void *g = guarded(g_bytes, ref_size(task.grad_format));
