@@ -27,7 +27,20 @@ def make(m, n, rank, side, *, storage="float32", moments="float32", proj_format=
     return [[x] for x in weight], [[x] for x in states], [[x] for x in projector]
 
 
-def run(module, weights, states, projector, grad, side, step, *, proj_format="float32", low_rank=False, **options):
+def run(
+    module,
+    weights,
+    states,
+    projector,
+    grad,
+    side,
+    step,
+    *,
+    proj_format="float32",
+    proj_block=64,
+    low_rank=False,
+    **options,
+):
     stats = torch.zeros(1, 2, dtype=torch.int64)
     module.galore_step_(
         *weights,
@@ -40,7 +53,7 @@ def run(module, weights, states, projector, grad, side, step, *, proj_format="fl
         [4],
         stats,
         proj_format=proj_format,
-        proj_block=64,
+        proj_block=proj_block,
         low_rank=low_rank,
         **{**HYPER, "scale": 0.25, **options},
     )
@@ -110,6 +123,26 @@ def test_galore_equals_float64_formula(side, proj_format, grad_dtype, m, n):
         error = (weights[0][0].double() - exact).norm() / (exact - before[0]).norm().clamp(min=1e-9)
         assert error < 1e-5
         torch.testing.assert_close(states[0][0].double(), m1, rtol=1e-5, atol=1e-5)
+
+
+@SIDES
+@pytest.mark.parametrize("proj_format", list(ops.PROJ_FORMATS))
+def test_galore_in_every_projector_format_equals_reference(side, proj_format):
+    """Float32 weights and moments after one step, with blocks of 16 and with one scale for the whole basis."""
+    for proj_block in (0, 16):
+        weights, states, _ = make(33, 70, 5, side)
+        basis = torch.linalg.qr(torch.randn(70 if side == ops.RIGHT else 33, 5))[0].t().contiguous()
+        projector = [[x] for x in ops.projector_quantize(basis, proj_format, proj_block)]
+        before = weights[0][0].clone()
+        levels = {level: (clone(weights), clone(states)) for level in ops.simd_levels()}
+        grad = torch.randn(33, 70)
+        run(reference, weights, states, projector, grad, side, 1, proj_format=proj_format, proj_block=proj_block)
+        assert not torch.equal(before, weights[0][0])
+        for level, (our_weights, our_states) in levels.items():
+            ops.set_simd_level(level)
+            run(ops, our_weights, our_states, projector, grad, side, 1, proj_format=proj_format, proj_block=proj_block)
+            for got, want in zip(our_weights[:1] + our_states[:2], weights[:1] + states[:2], strict=True):
+                torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
 
 
 @SIDES
@@ -186,7 +219,7 @@ def test_galore_refuses_bad_input_and_changes_nothing():
         (dict(side=1), r"proj_codes\[0\] must be contiguous uint8 \[\*, 20\] on cpu, got uint8 \[8, 12\]"),
         (dict(side=2), r"sides\[0\] must be 0 \(right\) or 1 \(left\), got 2"),
         (dict(low_rank=True), r"grads\[0\] must be .* \[8, 40\]"),
-        (dict(proj_format="fp4"), r"proj_format must be one of"),
+        (dict(proj_format="fp5"), r"proj_format must be one of"),
         (dict(compute_dtype="float16"), r"compute_dtype must be"),
         (dict(scale=float("inf")), r"lr, scale, weight_decay and eps must be finite"),
     ]

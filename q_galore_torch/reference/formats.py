@@ -189,13 +189,17 @@ def projector_quantize(basis: Tensor, proj_format: str, block: int) -> tuple[Ten
         part = basis[:, here]
         shared = part if block else part.reshape(1, -1)
         low, high = shared.amin(1, keepdim=True).clamp(max=0.0), shared.amax(1, keepdim=True).clamp(min=0.0)
-        span = (high - low) / _TOP_CODES[proj_format] if affine else torch.maximum(-low, high) / _TOP_ENTRIES[proj_format]
-        scale = _round_up_bfloat16(span.clamp(min=2.0**-100))
+        if affine:
+            top = _TOP_CODES[proj_format]
+            needed = torch.where(torch.isinf(high - low), high / top - low / top, (high - low) / top)
+        else:
+            needed = torch.maximum(-low, high) / _TOP_ENTRIES[proj_format]
+        scale = _round_up_bfloat16(needed.clamp(min=2.0**-100))
         scales[:, b] = scale[:, 0]
         if affine:
             zero = torch.round(-low / scale.float())
             zeros[:, b] = zero[:, 0].to(torch.uint8)
-            code = (torch.round(part / scale.float()) + zero).clamp(0, _TOP_CODES[proj_format]).to(torch.uint8)
+            code = (torch.round(part / scale.float()) + zero).clamp(0, top).to(torch.uint8)
         elif proj_format == "fp8_e4m3":
             code = (part / scale.float()).to(torch.float8_e4m3fn).view(torch.uint8)
         else:
@@ -213,8 +217,10 @@ def projector_dequantize(
     dim: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Decode basis vectors [r, dim] in float32, rounded to ``dtype``: ``scale * (code - zero point)`` for int8 and int4,
-    ``scale * map[code]`` for the other formats with scales."""
+    """Decode basis vectors [r, dim] in float32, rounded to ``dtype``.
+
+    ``scale * (code - zero point)`` for int8 and int4, ``scale * map[code]`` for the other formats with scales.
+    """
     if proj_format in ("float32", "bfloat16"):
         return codes.to(dtype)
     _check_format(proj_format)
@@ -269,7 +275,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 
 def _nearest(x: Tensor, entries: Tensor) -> Tensor:
-    """The nearest of ascending entries for each float32 element, ties to the lower code (midpoints exact in float64)."""
+    """The nearest of ascending entries for each element, ties to the lower code (midpoints are exact in float64)."""
     table = entries.double()
     return torch.searchsorted((table[:-1] + table[1:]) / 2, x.double().contiguous()).to(torch.uint8)
 
