@@ -36,7 +36,9 @@ def bases() -> Iterator[tuple[str, Tensor]]:
     yield "ties", ties
     yield "normal", torch.randn(4, 333, generator=generator)
     yield "zeros", torch.zeros(4, 333) * torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
-    yield "huge", (torch.rand(4, 333, generator=generator) * 2 - 1) * 3.3e38
+    huge = (torch.rand(4, 333, generator=generator) * 2 - 1) * 3.3e38
+    huge[0, ::7] = torch.finfo(torch.float32).max  # more than a bfloat16 scale can be
+    yield "huge", huge
     yield "tiny", torch.randn(4, 333, generator=generator) * 1e-38
     yield "spikes", torch.randn(4, 333, generator=generator) * 10 ** (torch.rand(4, 333, generator=generator) * 40 - 30)
 
