@@ -131,6 +131,29 @@ def test_projector_takes_the_nearest_entry(proj_format: str, block: int) -> None
         assert ((got - x).abs() <= least + 2.0**-23 * got.abs()).all(), name
 
 
+@pytest.mark.parametrize("proj_format", list(TOPS))
+def test_projector_decides_at_the_very_midpoint(proj_format: str) -> None:
+    """The last float at or below each midpoint and the first above it, at scale 1; ties as each format says."""
+    entries = reference.projector_map(proj_format).double()
+    entries = torch.unique(entries[torch.isfinite(entries)])  # ascending
+    middle = (entries[:-1] + entries[1:]) / 2
+    below = middle.float()
+    below = torch.where(below.double() > middle, torch.nextafter(below, below - 1), below)
+    above = torch.nextafter(below, below + 1)
+    top = torch.tensor([TOPS[proj_format]])
+    basis = torch.cat([top, below, above])[None]
+    for _ in levels():
+        parts = ops.projector_quantize(basis, proj_format, 0)
+        assert parts[1].item() == 1
+        got = ops.projector_dequantize(*parts, proj_format, 0, basis.shape[1]).double()[0]
+        lower, upper = got[1:].chunk(2)
+        assert torch.equal(upper, entries[1:])
+        if proj_format == "fp8_e4m3":  # a tie is the neighbour whose code is even, as in torch
+            assert torch.equal(lower.float(), below.to(torch.float8_e4m3fn).float())
+        else:
+            assert torch.equal(lower, entries[:-1])
+
+
 def test_projector_e4m3_codes_are_those_of_torch() -> None:
     for name, basis in bases():
         for _ in levels():

@@ -40,7 +40,7 @@ static float value_of(int kind, int64_t i) {
         return (float)(1e38 * u);
     case 10:
         return (float)(3.3e38 * u);
-    case 11:                        /* values of every format and ties between them; the largest is 1 */
+    case 11: /* values of every format and ties between them; the largest is 1 */
         return i % 5 == 0 ? 1.0f : (float)((double)random_below(2 * 192 + 1) / 192 - 1);
     case 7:
         return 0.25f;
