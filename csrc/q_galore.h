@@ -35,9 +35,12 @@ typedef enum qg_format {
     QG_FLOAT32 = 0,
     QG_BFLOAT16 = 1,
     QG_FLOAT16 = 2,
-    QG_INT8 = 16,    /* affine, one byte a value */
-    QG_INT4 = 17,    /* affine, two values a byte, the even index in the low nibble; projector only */
-    QG_DYNAMIC8 = 32 /* 8-bit dynamic map with one absmax a block; moments only: exp_avg signed, exp_avg_sq unsigned */
+    QG_INT8 = 16,     /* affine, one byte a value */
+    QG_INT4 = 17,     /* affine, two values a byte, the even index in the low nibble; projector only */
+    QG_FP8_E4M3 = 18, /* OCP 8-bit floating point E4M3; projector only */
+    QG_FP4 = 19,      /* bitsandbytes' 4-bit floating point, two values a byte; projector only */
+    QG_NF4 = 20,      /* QLoRA's 4-bit normal float, two values a byte; projector only */
+    QG_DYNAMIC8 = 32  /* 8-bit dynamic map; moments: exp_avg signed, exp_avg_sq unsigned; projector: signed */
 } qg_format;
 
 /* Which side of the gradient is projected (m x n weight, rank r). */
@@ -79,13 +82,14 @@ typedef struct qg_moments {
     qg_format format;
 } qg_moments;
 
-/* A projector: `rank` basis vectors of length `dim`, one a row. FLOAT32, or INT8 / INT4 in blocks of `block` elements of
- * a row (a block never crosses a row, the last one may be short): value = scales[b] * (code - zeros[b]). Each INT4 row
- * starts on a byte: ceil(dim / 2) bytes. */
+/* A projector: `rank` basis vectors of length `dim`, one a row. FLOAT32 and BFLOAT16 have no scales. Of the others, each
+ * `block` elements of a row share a scale (a block never crosses a row, the last one may be short); with block 0 all
+ * rank x dim share one. INT8, INT4: value = scales[b] * (code - zeros[b]); FP8_E4M3, FP4, NF4, DYNAMIC8: value =
+ * scales[b] * entry(code). Each row of 4-bit codes starts on a byte: ceil(dim / 2) bytes. */
 typedef struct qg_projector {
     void *codes;
-    uint16_t *scales; /* [rank, ceil(dim / block)], bfloat16 bits */
-    uint8_t *zeros;   /* [rank, ceil(dim / block)] */
+    uint16_t *scales; /* [rank, ceil(dim / block)] or [1, 1], bfloat16 bits; NULL for FLOAT32 and BFLOAT16 */
+    uint8_t *zeros;   /* as scales; NULL unless INT8 or INT4 */
     int64_t rank;
     int64_t dim;
     int32_t block;

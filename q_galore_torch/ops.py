@@ -14,7 +14,16 @@ from torch import Tensor
 from . import _C
 
 SIMD_LEVELS = ("scalar", "avx2", "avx512")
-PROJ_FORMATS = {"float32": 0, "int8": 16, "int4": 17}
+PROJ_FORMATS = {
+    "float32": 0,
+    "bfloat16": 1,
+    "int8": 16,
+    "int4": 17,
+    "fp8": 32,
+    "fp8_e4m3": 18,
+    "fp4": 19,
+    "nf4": 20,
+}
 RIGHT, LEFT, FULL = 0, 1, 2
 
 FLOAT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -106,12 +115,18 @@ def projector_quantize(basis: Tensor, proj_format: str, block: int) -> tuple[Ten
 
     Args:
         basis: float32 [r, d], contiguous, finite.
-        proj_format: ``"float32"``, ``"int8"`` or ``"int4"``.
-        block: elements of a row that share a scale; a block never crosses a row.
+        proj_format: a key of ``PROJ_FORMATS``: ``"float32"``, ``"bfloat16"``; affine ``"int8"``, ``"int4"``; with a
+            scale alone ``"fp8"`` (signed 8-bit dynamic map), ``"fp8_e4m3"`` (OCP), ``"fp4"`` (bitsandbytes' values),
+            ``"nf4"`` (QLoRA's values).
+        block: elements of a row that share a scale; a block never crosses a row. 0: one scale for all [r, d].
 
     Returns:
-        codes (float32 [r, d], uint8 [r, d] or uint8 [r, ceil(d / 2)] with even columns in the low nibble),
-        scales bfloat16 [r, ceil(d / block)], zero points uint8 [r, ceil(d / block)]; both empty for float32.
+        codes (float32 or bfloat16 [r, d]; uint8 [r, d]; 4 bits: uint8 [r, ceil(d / 2)] with even columns in the low
+        nibble), scales bfloat16 [r, ceil(d / block)] or [1, 1] for block 0 (empty for float32, bfloat16), zero points
+        uint8 of the scales' shape (empty unless int8 or int4).
+
+    Raises:
+        ValueError: a value is not finite, an argument has the wrong dtype, shape or value.
     """
     return _op.projector_quantize(basis, _proj_code(proj_format), block)
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "core/layout.h"
 #include "q_galore.h"
 
 namespace qg {
@@ -48,6 +49,37 @@ ScalarType scalar_type(qg_format format);
 inline int64_t blocks(int64_t count, int64_t block) {
     return (count + block - 1) / block;
 }
+
+// What the tensors of a projector are called in messages.
+struct ProjectorNames {
+    const char *codes;
+    const char *scales;
+    const char *zeros;
+};
+
+// Sizes and dtypes of a projector's tensors; one that the format does not have is empty, [0].
+struct ProjectorLayout {
+    ScalarType dtype;
+    std::vector<int64_t> codes;
+    std::vector<int64_t> scales;
+    std::vector<int64_t> zeros;
+};
+
+ProjectorLayout projector_layout(qg_format format, int64_t block, int64_t rank, int64_t dim);
+
+void check_projector_block(const Argument &argument, int64_t block);
+
+// The projector of any number of vectors of length dim in three tensors, which are checked.
+qg_projector projector_of(
+    const char *op,
+    const ProjectorNames &names,
+    int64_t index,
+    const Tensor &codes,
+    const Tensor &scales,
+    const Tensor &zeros,
+    int64_t format,
+    int64_t block,
+    int64_t dim);
 
 // Throws what a status means: ValueError for a bad argument, NotImplementedError-like RuntimeError otherwise.
 void check_status(const char *op, qg_status status);

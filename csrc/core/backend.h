@@ -1,7 +1,7 @@
 /* backend.h - the table of kernels that a device fills and core/ is written against.
  *
  * Kernels trust their arguments (core/ has checked them) and cannot fail. Each is parallel inside and gives the same
- * bits for every SIMD level and thread count; scalar.h, affine.h and dynamic8.h here define what one element computes.
+ * bits for every SIMD level and thread count; scalar.h, affine.h, codebook.h and dynamic8.h here define what one element computes.
  */
 #ifndef QG_CORE_BACKEND_H
 #define QG_CORE_BACKEND_H

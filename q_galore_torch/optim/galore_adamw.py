@@ -40,10 +40,12 @@ class QGaLoreAdamW8bit(Optimizer):
     Args:
         params: parameters, named parameters or groups. Besides ``lr, betas, eps, weight_decay, moments_dtype,
             stochastic_round`` a group takes ``rank`` and with it ``update_proj_gap`` (200), ``scale`` (0.25),
-            ``proj_type`` ("std"), ``proj_format`` ("int4", "int8", "float32") and ``proj_block`` (256) or ``quant,
-            quant_n_bit, quant_group_size``, ``subspace`` ("svd" for full gradients, "warm" for low-rank leaves; or
-            "random"), ``lazy_rule`` ("fixed" or "upstream"), ``cos_threshold`` (0.4), ``gamma_proj`` (2),
-            ``queue_size`` (5), ``moments`` ("keep").
+            ``proj_type`` ("std"), ``proj_format`` ("int4"; "int8", "fp8", "fp8_e4m3", "fp4", "nf4", "bfloat16",
+            "float32") and ``proj_block`` (256, for fp4 and nf4 64; 0: one scale for the whole basis), or in their place
+            ``quant, quant_n_bit, quant_group_size`` or ``quantize_type`` ("4bit", "8bit", "8bit_blockwise", None) and
+            ``quantize_blocksz``, also spelt ``proj_quantize_...``, ``subspace`` ("svd" for full gradients, "warm" for
+            low-rank leaves; or "random"), ``lazy_rule`` ("fixed" or "upstream"), ``cos_threshold`` (0.4),
+            ``gamma_proj`` (2), ``queue_size`` (5), ``moments`` ("keep").
         lr: learning rate, default 1e-3; a number or a tensor of one element.
         betas: decay rates of the moments, default (0.9, 0.999).
         eps: added to the root of the second moment, default 1e-8.

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from q_galore_torch.ops import PROJ_FORMATS
+
 Check = Callable[[str, Any], Any]
 
 
@@ -118,10 +120,15 @@ def _subspace(key: str, value: Any) -> str | None:
     return None if value is None else choice("warm", "svd", "random")(key, value)
 
 
-_FORMATS_LATER = {name: "is not implemented yet" for name in ("bfloat16", "fp8", "fp8_e4m3", "fp4", "nf4")}
 _TYPES_LATER = {name: "is not implemented yet" for name in ("reverse_std", "right", "left", "full")}
 _not_yet = "it belongs to lazy_rule='energy', which is not implemented yet"
 _int32 = 2**31 - 1
+
+
+def _proj_block(key: str, value: Any) -> int | None:
+    """Elements that share a scale, 0 for the whole tensor; None stands for the format's default."""
+    return None if value is None else number(0, _int32, "an integer >= 0", integer=True)(key, value)
+
 
 # Options of every group; the constructor gives their defaults.
 COMMON: dict[str, Option] = {
@@ -153,8 +160,8 @@ PROJECTED: dict[str, Option] = {
     "update_proj_gap": Option(200, number(1, _int32, "an integer >= 1", integer=True)),
     "scale": Option(0.25, number(-math.inf, math.inf, "a finite number", open_ends="low high")),
     "proj_type": Option("std", choice("std", later=_TYPES_LATER)),
-    "proj_format": Option("int4", choice("float32", "int8", "int4", later=_FORMATS_LATER)),
-    "proj_block": Option(256, number(1, _int32, "an integer >= 1", integer=True)),
+    "proj_format": Option("int4", choice(*PROJ_FORMATS)),
+    "proj_block": Option(None, _proj_block),
     "subspace": Option(None, _subspace),
     "lazy_rule": Option("fixed", _lazy_rule),
     "cos_threshold": Option(0.4, number(-1.0, 1.0, "a number in [-1, 1]")),
@@ -167,12 +174,16 @@ PROJECTED: dict[str, Option] = {
     "max_proj_gap": Option(None, only(None, _not_yet)),
     "norm_growth_limit": Option(None, only(None, "it is not implemented yet")),
 }
+# Other projects' names of proj_format and proj_block: the public Q-GaLore's, and the two spellings of the hpml fork of
+# GaLore. "8bit" there is one scale for the whole tensor, whatever the block size says.
 _UPSTREAM_QUANT: dict[str, Option] = {
     "quant": Option(True, boolean),
     "quant_n_bit": Option(4, choice(4, 8)),
-    "quant_group_size": Option(256, number(1, _int32, "an integer >= 1", integer=True)),
+    "quant_group_size": Option(None, _proj_block),
 }
-_HPML = ("quantize_type", "quantize_blocksz", "proj_quantize_type", "proj_quantize_blocksz")
+_QUANTIZE_TYPES = {None: ("float32", 0), "4bit": ("fp4", 64), "8bit": ("fp8", 0), "8bit_blockwise": ("fp8", 4096)}
+_HPML = (("quantize_type", "quantize_blocksz"), ("proj_quantize_type", "proj_quantize_blocksz"))
+_FORMAT_KEYS = (("proj_format", "proj_block"), tuple(_UPSTREAM_QUANT), *_HPML)
 _CHANGING = ("lr", "betas", "eps", "weight_decay")
 # Keys that torch, its schedulers and its users put into groups; they are passed through.
 _PASSED = {
@@ -201,7 +212,7 @@ def check_constructor(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group with canonical options: upstream's quantisation keys become ``proj_format`` and ``proj_block``.
+    """A parameter group with canonical options: other projects' format keys become ``proj_format`` and ``proj_block``.
 
     Args:
         group: the user's group.
@@ -249,23 +260,38 @@ def _refuse_unknown(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
             continue  # a group that was taken from an optimizer
         if key in GLOBAL:
             raise ValueError(f"{key} is an option of the constructor, not of a group (got {value!r})")
-        if not any(key in known for known in (COMMON, PROJECTED, _UPSTREAM_QUANT, _HPML)):
-            known_keys = sorted((*COMMON, *PROJECTED, *_UPSTREAM_QUANT))
+        known_keys = sorted({*COMMON, *PROJECTED, *(name for kind in _FORMAT_KEYS for name in kind)})
+        if key not in known_keys:
             raise ValueError(f"unknown group option {key}={value!r}; allowed: {', '.join(known_keys)}")
 
 
 def _check_projected(options: dict[str, Any]) -> dict[str, Any]:
-    for key in _HPML:
-        if options.pop(key, None) is not None:
-            raise ValueError(f"{key} asks for a floating-point projector format, which is not implemented yet")
-    upstream = {key: options.pop(key) for key in _UPSTREAM_QUANT if key in options}
-    ours = [key for key in ("proj_format", "proj_block") if key in options]
-    if upstream and ours:
-        raise ValueError(
-            f"{next(iter(upstream))} and {ours[0]} describe the projector's format twice; give one kind of keys only"
-        )
+    options["proj_format"], options["proj_block"] = _projector_format(options)
+    return {key: option.check(key, options.get(key, option.default)) for key, option in PROJECTED.items()}
+
+
+def _projector_format(options: dict[str, Any]) -> tuple[str, int]:
+    """proj_format and proj_block from whichever names were given; those are taken out of the options."""
+    given = [{key: options.pop(key) for key in kind if key in options} for kind in _FORMAT_KEYS]
+    named = [next(iter(keys)) for keys in given if keys]
+    if len(named) > 1:
+        raise ValueError(f"{named[0]} and {named[1]} describe the projector's format twice; give one kind of keys only")
+    ours, upstream, *hpml = given
+    name, block = (PROJECTED[key].check(key, ours.get(key, PROJECTED[key].default)) for key in _FORMAT_KEYS[0])
     if upstream:
         quant = {key: option.check(key, upstream.get(key, option.default)) for key, option in _UPSTREAM_QUANT.items()}
-        options["proj_format"] = f"int{quant['quant_n_bit']}" if quant["quant"] else "float32"
-        options["proj_block"] = quant["quant_group_size"]
-    return {key: option.check(key, options.get(key, option.default)) for key, option in PROJECTED.items()}
+        name, block = f"int{quant['quant_n_bit']}" if quant["quant"] else "float32", quant["quant_group_size"]
+    for (type_key, block_key), keys in zip(_HPML, hpml, strict=True):
+        if keys:
+            name, block = _hpml_format(keys, type_key, block_key)
+    if block is None or name in ("float32", "bfloat16"):
+        block = 64 if name in ("fp4", "nf4") else 256
+    return name, block
+
+
+def _hpml_format(keys: Mapping[str, Any], type_key: str, block_key: str) -> tuple[str, int]:
+    if type_key not in keys:
+        raise ValueError(f"{block_key}={keys[block_key]!r} needs {type_key}: {_listed(tuple(_QUANTIZE_TYPES))}")
+    block = _proj_block(block_key, keys.get(block_key))
+    name, default = _QUANTIZE_TYPES[choice(*_QUANTIZE_TYPES)(type_key, keys[type_key])]
+    return name, default if block is None or default == 0 else block

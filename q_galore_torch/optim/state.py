@@ -166,20 +166,10 @@ def _new_subspace(target: Target, group: dict[str, Any], id: int, number: int, d
 
 def empty_projector(shapes: Projection, group: dict[str, Any], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The storage of a projector that decodes to zeros."""
-    rank, dim = shapes.rank, shapes.dim
-    if group["proj_format"] == "float32":
-        return (
-            torch.zeros(rank, dim, device=device),
-            torch.zeros(0, dtype=torch.bfloat16, device=device),
-            torch.zeros(0, dtype=torch.uint8, device=device),
-        )
-    width = dim if group["proj_format"] == "int8" else (dim + 1) // 2
-    blocks = (dim + group["proj_block"] - 1) // group["proj_block"]
-    return (
-        torch.zeros(rank, width, dtype=torch.uint8, device=device),
-        torch.zeros(rank, blocks, dtype=torch.bfloat16, device=device),
-        torch.zeros(rank, blocks, dtype=torch.uint8, device=device),
-    )
+    unread = torch.empty(shapes.rank, shapes.dim, device="meta")
+    parts = ops.projector_quantize(unread, group["proj_format"], group["proj_block"])
+    codes, scales, zeros = (torch.zeros_like(part, device=device) for part in parts)
+    return codes, scales, zeros
 
 
 def checked_groups(state_dict: Any) -> list[dict[str, Any]]:

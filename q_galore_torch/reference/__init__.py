@@ -16,6 +16,7 @@ from q_galore_torch.reference.formats import (
     int8_quantize,
     noise,
     projector_dequantize,
+    projector_map,
     projector_quantize,
 )
 from q_galore_torch.reference.steps import adam8_step_, galore_step_
@@ -31,5 +32,6 @@ __all__ = [
     "int8_quantize",
     "noise",
     "projector_dequantize",
+    "projector_map",
     "projector_quantize",
 ]
