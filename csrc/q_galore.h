@@ -271,7 +271,7 @@ qg_status qg_galore_step(
 
 typedef struct qg_subspace_params {
     uint32_t struct_size;
-    int32_t steps;         /* power steps; 0: one, and a second one where the old basis captured less than 0.9 of the new
+    int32_t steps; /* power steps; 0: one, and a second one where the old basis captured less than 0.9 of the new
                             * one's energy */
     qg_format gemm_format; /* FLOAT32 or BFLOAT16, of the products with the gradient; all others are FLOAT32 */
 } qg_subspace_params;

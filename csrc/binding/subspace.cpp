@@ -43,14 +43,12 @@ std::tuple<Tensor, Tensor> subspace_refresh(
     check_tensor({op, "basis"}, basis, {ScalarType::Float}, {-1, side == QG_RIGHT ? cols : rows});
     const int64_t rank = basis.size(0);
 
-    const qg_subspace_params params = {
-        sizeof params, static_cast<int32_t>(steps), compute_format(op, format)};
+    const qg_subspace_params params = {sizeof params, static_cast<int32_t>(steps), compute_format(op, format)};
     qg_subspace_report report = {};
     report.struct_size = sizeof report;
     size_t bytes = 0;
     check_status(
-        op, qg_subspace_scratch_size(
-                rows, cols, rank, 1, params.gemm_format, backend(), torch_linalg(), &bytes));
+        op, qg_subspace_scratch_size(rows, cols, rank, 1, params.gemm_format, backend(), torch_linalg(), &bytes));
     const Tensor scratch = bytes_of(bytes);
     Tensor found = torch::stable::clone(basis);
     check_status(
@@ -79,16 +77,15 @@ Tensor subspace_random(int64_t rank, int64_t dim, int64_t seed, int64_t id, int6
         refuse({op, "rank"}, "from 0 to dim = " + std::to_string(dim), std::to_string(rank));
     }
     size_t bytes = 0;
-    check_status(
-        op, qg_subspace_scratch_size(1, dim, rank, 1, QG_FLOAT32, backend(), torch_linalg(), &bytes));
+    check_status(op, qg_subspace_scratch_size(1, dim, rank, 1, QG_FLOAT32, backend(), torch_linalg(), &bytes));
     const Tensor scratch = bytes_of(bytes);
     const int64_t size[] = {rank, dim};
     const Tensor basis = torch::stable::empty({size, 2}, ScalarType::Float);
     check_status(
-        op, qg_subspace_random(
-                static_cast<float *>(basis.data_ptr()), rank, dim, static_cast<uint64_t>(seed),
-                static_cast<uint32_t>(id), static_cast<uint32_t>(draw), scratch.data_ptr(), bytes, backend(),
-                torch_linalg()));
+        op,
+        qg_subspace_random(
+            static_cast<float *>(basis.data_ptr()), rank, dim, static_cast<uint64_t>(seed), static_cast<uint32_t>(id),
+            static_cast<uint32_t>(draw), scratch.data_ptr(), bytes, backend(), torch_linalg()));
     return basis;
 }
 
@@ -109,8 +106,7 @@ Tensor captured_energy(const Tensor &gradient, const Tensor &right, const Tensor
     const int64_t rank = right_rank > left_rank ? right_rank : left_rank;
     const int32_t sides = right_rank > 0 && left_rank > 0 ? 2 : 1;
     size_t bytes = 0;
-    check_status(
-        op, qg_subspace_scratch_size(rows, cols, rank, sides, gemm_format, backend(), torch_linalg(), &bytes));
+    check_status(op, qg_subspace_scratch_size(rows, cols, rank, sides, gemm_format, backend(), torch_linalg(), &bytes));
     const Tensor scratch = bytes_of(bytes);
     const Tensor energy = doubles(0);
     check_status(

@@ -32,10 +32,10 @@ enum {
     ALIGNMENT = 64
 };
 
-static const double CLOSE = 1e-5;      /* max |Q^T Q - I| of a finished basis */
-static const double TOLERABLE = 1e-4;  /* the same after Householder QR */
-static const double LEAST = 1e-60;     /* squares below this are rounding: G is scaled to about 1, a basis has that size */
-static const double SECOND_STEP = 0.9; /* E_old / E_new below this: another step */
+static const double CLOSE = 1e-5;     /* max |Q^T Q - I| of a finished basis */
+static const double TOLERABLE = 1e-4; /* the same after Householder QR */
+static const double LEAST = 1e-60; /* squares below this are rounding: G is scaled to about 1, a basis has that size */
+static const double SECOND_STEP = 0.9;                /* E_old / E_new below this: another step */
 static const float SMALL = 0x1p-20f, LARGE = 0x1p20f; /* max |G| between them is taken as it is */
 
 /* What kernels and factorisations leave on the device. */
@@ -589,7 +589,13 @@ qg_status qg_subspace_refresh(
         j.cols = cols;
         j.looking = looking;
         const refresh r = {
-            &j, basis, rank, right ? cols : rows, right ? rows : cols, right, params->steps,
+            &j,
+            basis,
+            rank,
+            right ? cols : rows,
+            right ? rows : cols,
+            right,
+            params->steps,
         };
         qg_subspace_report found = nothing;
         status = take_steps(&r, &found);
@@ -670,8 +676,7 @@ static qg_status capture_both(job *j, const float *right, int64_t right_rank, co
         j->backend->cast(j->current, QG_FLOAT32, product_of(j), j->gemm_format, right_rank, j->rows, j->rows);
         swap(j);
     }
-    status = gemm32(
-        j, left_rank, right_rank, j->rows, kept, j->rows, j->spare, 1, j->rows, j->current, right_rank);
+    status = gemm32(j, left_rank, right_rank, j->rows, kept, j->rows, j->spare, 1, j->rows, j->current, right_rank);
     j->backend->sum_squares(&j->device->product_squares, j->current, QG_FLOAT32, left_rank * right_rank);
     return status;
 }

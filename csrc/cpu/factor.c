@@ -260,8 +260,7 @@ qg_status qg_cpu_qr(const qg_linalg *linalg, int64_t rows, int64_t cols, float *
     }
     for (int64_t i = (rows - 1) / REFLECTORS * REFLECTORS; status == QG_SUCCESS && i >= 0; i -= REFLECTORS) {
         const int64_t count = smaller(REFLECTORS, rows - i);
-        status = reflect(
-            linalg, q + i * cols + i, rows - i, a + i * cols + i, count, cols - i, cols, 1, work);
+        status = reflect(linalg, q + i * cols + i, rows - i, a + i * cols + i, count, cols - i, cols, 1, work);
     }
     return status;
 }
