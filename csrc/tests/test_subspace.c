@@ -137,7 +137,7 @@ static float *random_rows(int64_t rank, int64_t dim) {
 static void test_refresh(call c, const char *kind) {
     const int64_t dim = dim_of(&c);
     float *basis = random_rows(c.rank, dim);
-    void *gradient = guarded((size_t)(c.rows * c.cols) * ref_size(c.grad_format), 2);
+    void *gradient = guarded((size_t)(c.rows * c.cols) * ref_size(c.grad_format), ref_size(c.grad_format));
     fill(gradient, c.grad_format, c.rows, c.cols, kind);
     const int right = c.side == QG_RIGHT;
     const double before = exact_energy(gradient, c.grad_format, c.rows, c.cols, right, basis, c.rank);
@@ -169,7 +169,7 @@ static void test_kept(call c, const char *kind) {
         basis[i] = i / dim == i % dim ? 0.75f : 0.0f;
     float *before = malloc((size_t)(c.rank * dim) * sizeof(float));
     memcpy(before, basis, (size_t)(c.rank * dim) * sizeof(float));
-    void *gradient = guarded((size_t)(c.rows * c.cols) * ref_size(c.grad_format), 2);
+    void *gradient = guarded((size_t)(c.rows * c.cols) * ref_size(c.grad_format), ref_size(c.grad_format));
     fill(gradient, c.grad_format, c.rows, c.cols, kind);
     qg_subspace_report report;
     CHECK_OK(refresh(&c, basis, gradient, &report));
@@ -197,7 +197,7 @@ static void test_asynchronous(call c, const char *kind, int64_t usual, double cl
     dear.fetch = counting_fetch;
     const int64_t dim = dim_of(&c);
     float *looked = random_rows(c.rank, dim), *blind = guarded_copy(looked, (size_t)(c.rank * dim) * sizeof(float), 0);
-    void *gradient = guarded((size_t)(c.rows * c.cols) * ref_size(c.grad_format), 2);
+    void *gradient = guarded((size_t)(c.rows * c.cols) * ref_size(c.grad_format), ref_size(c.grad_format));
     fill(gradient, c.grad_format, c.rows, c.cols, kind);
     qg_subspace_report a, b;
     CHECK_OK(refresh(&c, looked, gradient, &a));
