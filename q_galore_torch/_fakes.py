@@ -238,3 +238,25 @@ def _(
         _check_task(
             i, weight, scales[i], zeros[i], grads[i], grad_shape, moments, maxima, projected, per_block, group_size
         )
+
+
+@torch.library.register_fake("q_galore::subspace_refresh")
+def _(gradient: Tensor, basis: Tensor, side: int, steps: int, compute_format: int) -> tuple[Tensor, Tensor]:
+    _check(gradient, "gradient", gradient, tuple(FLOAT_FORMATS), gradient.shape)
+    dim = gradient.shape[1] if side == RIGHT else gradient.shape[0]
+    _check(basis, "basis", gradient, (torch.float32,), [basis.shape[0], dim])
+    return torch.empty_like(basis), torch.empty(5, dtype=torch.float64)
+
+
+@torch.library.register_fake("q_galore::subspace_random")
+def _(rank: int, dim: int, seed: int, id: int, draw: int) -> Tensor:
+    return torch.empty(rank, dim, dtype=torch.float32)
+
+
+@torch.library.register_fake("q_galore::captured_energy")
+def _(gradient: Tensor, right: Tensor, left: Tensor, compute_format: int) -> Tensor:
+    _check(gradient, "gradient", gradient, tuple(FLOAT_FORMATS), gradient.shape)
+    for name, basis, dim in (("right", right, gradient.shape[1]), ("left", left, gradient.shape[0])):
+        if basis.numel() > 0:
+            _check(basis, name, gradient, (torch.float32,), [basis.shape[0], dim])
+    return torch.empty((), dtype=torch.float64)

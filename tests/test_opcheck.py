@@ -55,6 +55,13 @@ def cases():
             )
     yield "dynamic8_quantize", op.dynamic8_quantize.default, (torch.randn(8, 300), True, 256)
     yield "dynamic8_dequantize", op.dynamic8_dequantize.default, (*moment, True, 256)
+    yield "subspace_random", op.subspace_random.default, (4, 24, 1, 2, 3)
+    for side, dim in ((0, 24), (1, 40)):
+        arguments = (torch.randn(40, 24), torch.randn(8, dim), side, 0, 0)
+        yield f"subspace_refresh side {side}", op.subspace_refresh.default, arguments
+    gradient, right, left = torch.randn(40, 24), torch.randn(8, 24), torch.randn(5, 40)
+    yield "captured_energy right", op.captured_energy.default, (gradient, right, torch.empty(0), 1)
+    yield "captured_energy both", op.captured_energy.default, (gradient, right, left, 0)
     for storage in ("float32", "int8"):
         for moments in ("float32", "dynamic8"):
             yield f"adam8_step_ {storage} {moments}", op.adam8_step_.default, step_arguments(None, storage, moments)

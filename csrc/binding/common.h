@@ -90,7 +90,7 @@ int64_t simd_level();
 int64_t best_simd_level();
 void set_simd_level(int64_t level);
 
-// GEMMs by torch.
+// GEMMs by torch, factorisations by the CPU's own.
 const qg_linalg *torch_linalg();
 
 extern const std::initializer_list<ScalarType> FLOATS;
@@ -173,5 +173,13 @@ void galore_step(
     int64_t block,
     int64_t compute_format,
     double norm_growth_limit);
+std::tuple<Tensor, Tensor> subspace_refresh(
+    const Tensor &gradient,
+    const Tensor &basis,
+    int64_t side,
+    int64_t steps,
+    int64_t compute_format);
+Tensor subspace_random(int64_t rank, int64_t dim, int64_t seed, int64_t id, int64_t draw);
+Tensor captured_energy(const Tensor &gradient, const Tensor &right, const Tensor &left, int64_t compute_format);
 
 } // namespace qg

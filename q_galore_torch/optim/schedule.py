@@ -75,19 +75,17 @@ def _new_basis(
     if how == "random" and not upstream:
         return subspace.random_basis(shapes.rank, shapes.dim, seed, id, state["refreshes"] + 1)
     assert gradient is not None
-    gemm_dtype = getattr(torch, group["compute_dtype"])
-    matrix = subspace.oriented(gradient, shapes.side)
     if first and not low_rank and not upstream:
-        return subspace.cold_basis(matrix, shapes.rank, seed, id, gemm_dtype)
+        return subspace.cold_basis(gradient, shapes.side, shapes.rank, seed, id, group["compute_dtype"])
     if how == "svd" or upstream:
-        vectors = subspace.svd_basis(matrix, shapes.rank)
+        vectors = subspace.svd_basis(gradient, shapes.side, shapes.rank)
         if vectors is None:
             return None
         if not upstream:
             vectors = subspace.matching_signs(vectors, old_basis(state, group, shapes))
-        return subspace.Basis(vectors, 0)
+        return subspace.Basis(vectors)
     steps = subspace.COLD_STEPS if first else None
-    return subspace.power_basis(matrix, old_basis(state, group, shapes), steps, gemm_dtype)
+    return subspace.refresh_basis(gradient, shapes.side, old_basis(state, group, shapes), steps, group["compute_dtype"])
 
 
 def old_basis(state: dict[str, Any], group: dict[str, Any], shapes: Projection) -> Tensor:
