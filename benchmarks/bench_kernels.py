@@ -1,4 +1,4 @@
-"""Kernels against torch on one thread: 8-bit Adam, INT8 decoding, the INT8 update pass.
+"""Kernels on one thread: 8-bit Adam against torch, INT8 decoding, projector formats, the INT8 update pass.
 
     python benchmarks/bench_kernels.py [--elements N] [--rounds N] [--no-save]
 
@@ -70,6 +70,21 @@ def dequantize_against_copy(elements: int, dtype: torch.dtype, rounds: int) -> d
     return timing.ratios(timing.contest(contestants, rounds), "copy")
 
 
+def projector_formats(decode_to: torch.dtype | None, level: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Every projector format against int4, a basis of 256 x 4096: decoding, or encoding where ``decode_to`` is None."""
+    ops.set_simd_level(level)
+    basis, dim = torch.randn(256, 4096), 4096
+
+    def contestant(name: str, block: int):
+        parts = ops.projector_quantize(basis, name, block)
+        if decode_to is None:
+            return lambda: ops.projector_quantize(basis, name, block)
+        return lambda: ops.projector_dequantize(*parts, name, block, dim, decode_to)
+
+    blocks = {name: 64 if name in ("fp4", "nf4") else 256 for name in ops.PROJ_FORMATS}
+    return timing.ratios(timing.contest({n: contestant(n, b) for n, b in blocks.items()}, 5 * rounds), "int4")
+
+
 def update_pass() -> dict[str, Any]:
     """The INT8 update pass against memcpy, timed by the C program (no op exposes it alone)."""
     tests = Path(__file__).parent.parent / "csrc/tests"
@@ -96,6 +111,13 @@ def main() -> None:
         table = dequantize_against_copy(arguments.elements, dtype, arguments.rounds)
         record[f"int8_dequantize to {name}"] = table
         timing.show(f"INT8 weights to {name}, one thread", table, "copy")
+    for level in ops.simd_levels():
+        for target in (torch.float32, torch.bfloat16, None):
+            what = f"decoding to {target}".replace("torch.", "") if target else "encoding"
+            table = projector_formats(target, level, arguments.rounds)
+            record[f"projector {what} {level}"] = table
+            timing.show(f"Projector, {what}, {level}, one thread", table, "int4")
+    ops.set_simd_level(ops.simd_levels()[-1])
     record["int8 update"] = update_pass()
     timing.show("INT8 update pass, one thread", record["int8 update"], "copy")
     if not arguments.no_save:

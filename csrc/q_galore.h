@@ -35,9 +35,12 @@ typedef enum qg_format {
     QG_FLOAT32 = 0,
     QG_BFLOAT16 = 1,
     QG_FLOAT16 = 2,
-    QG_INT8 = 16,    /* affine, one byte a value */
-    QG_INT4 = 17,    /* affine, two values a byte, the even index in the low nibble; projector only */
-    QG_DYNAMIC8 = 32 /* 8-bit dynamic map with one absmax a block; moments only: exp_avg signed, exp_avg_sq unsigned */
+    QG_INT8 = 16,     /* affine, one byte a value */
+    QG_INT4 = 17,     /* affine, two values a byte, the even index in the low nibble; projector only */
+    QG_FP8_E4M3 = 18, /* OCP 8-bit floating point E4M3; projector only */
+    QG_FP4 = 19,      /* bitsandbytes' 4-bit floating point, two values a byte; projector only */
+    QG_NF4 = 20,      /* QLoRA's 4-bit normal float, two values a byte; projector only */
+    QG_DYNAMIC8 = 32  /* 8-bit dynamic map; moments: exp_avg signed, exp_avg_sq unsigned; projector: signed */
 } qg_format;
 
 /* Which side of the gradient is projected (m x n weight, rank r). */
@@ -79,13 +82,14 @@ typedef struct qg_moments {
     qg_format format;
 } qg_moments;
 
-/* A projector: `rank` basis vectors of length `dim`, one a row. FLOAT32, or INT8 / INT4 in blocks of `block` elements of
- * a row (a block never crosses a row, the last one may be short): value = scales[b] * (code - zeros[b]). Each INT4 row
- * starts on a byte: ceil(dim / 2) bytes. */
+/* A projector: `rank` basis vectors of length `dim`, one a row. FLOAT32 and BFLOAT16 have no scales. Of the others, each
+ * `block` elements of a row share a scale (a block never crosses a row, the last one may be short); with block 0 all
+ * rank x dim share one. INT8, INT4: value = scales[b] * (code - zeros[b]); FP8_E4M3, FP4, NF4, DYNAMIC8: value =
+ * scales[b] * entry(code). Each row of 4-bit codes starts on a byte: ceil(dim / 2) bytes. */
 typedef struct qg_projector {
     void *codes;
-    uint16_t *scales; /* [rank, ceil(dim / block)], bfloat16 bits */
-    uint8_t *zeros;   /* [rank, ceil(dim / block)] */
+    uint16_t *scales; /* [rank, ceil(dim / block)] or [1, 1], bfloat16 bits; NULL for FLOAT32 and BFLOAT16 */
+    uint8_t *zeros;   /* as scales; NULL unless INT8 or INT4 */
     int64_t rank;
     int64_t dim;
     int32_t block;
@@ -94,14 +98,28 @@ typedef struct qg_projector {
 
 /* ---------------------------------------------------------------- linear algebra, supplied by the caller */
 
-/* c = a b with a: m x k, b: k x n, c: m x n, element (i, j) of x at x[i * x_row_stride + j * x_col_stride]; c has unit
- * column stride. All three are FLOAT32 or all three BFLOAT16 (accumulated in float32). */
-typedef struct qg_linalg {
+/* Matrix products, and the factorisations of a subspace refresh. Memory is the device's, `context` the caller's.
+ *
+ * gemm     c = a b (accumulate 0), c += a b (1) or c -= a b (-1) with a: m x k, b: k x n, c: m x n, element (i, j) of x at
+ *          x[i * x_row_stride + j * x_col_stride]; c has unit column stride. All three are FLOAT32 or all three BFLOAT16
+ *          (accumulated in float32). accumulate is 0 for BFLOAT16.
+ * potrf    a [n, n] = L L^T: reads the lower triangle, leaves L there and anything above. *failed = 0, or 1 where a is
+ *          not positive definite (a is spoiled then).
+ * trtri    inverse [n, n] = L^-1, zeros above its diagonal; reads the lower triangle of `lower`.
+ * qr       q [rows, cols], rows <= cols = an orthonormal basis of the rows of `a` (spoiled), any completion where they are
+ *          dependent; row i of a has a coefficient >= 0 on row i of q (a = R^T q, R's diagonal >= 0).
+ * work_size  bytes of `work` that these three need for matrices of up to rows x cols (rows <= cols).
+ *
+ * All are float32 and row-major. gemm alone is enough for steps; the other members may be NULL there. On the CPU they
+ * are qg_cpu_potrf, qg_cpu_trtri, qg_cpu_qr and qg_cpu_work_size, which take their products from the table's gemm. */
+typedef struct qg_linalg qg_linalg;
+struct qg_linalg {
     uint32_t struct_size;
     void *context;
     qg_status (*gemm)(
         void *context,
         qg_format format,
+        int32_t accumulate,
         int64_t m,
         int64_t n,
         int64_t k,
@@ -113,7 +131,16 @@ typedef struct qg_linalg {
         int64_t b_col_stride,
         void *c,
         int64_t c_row_stride);
-} qg_linalg;
+    qg_status (*potrf)(const qg_linalg *linalg, int64_t n, float *a, int32_t *failed, void *work);
+    qg_status (*trtri)(const qg_linalg *linalg, int64_t n, const float *lower, float *inverse, void *work);
+    qg_status (*qr)(const qg_linalg *linalg, int64_t rows, int64_t cols, float *a, float *q, void *work);
+    size_t (*work_size)(const qg_linalg *linalg, int64_t rows, int64_t cols);
+};
+
+qg_status qg_cpu_potrf(const qg_linalg *linalg, int64_t n, float *a, int32_t *failed, void *work);
+qg_status qg_cpu_trtri(const qg_linalg *linalg, int64_t n, const float *lower, float *inverse, void *work);
+qg_status qg_cpu_qr(const qg_linalg *linalg, int64_t rows, int64_t cols, float *a, float *q, void *work);
+size_t qg_cpu_work_size(const qg_linalg *linalg, int64_t rows, int64_t cols);
 
 /* The kernels of one device at one SIMD level (csrc/core/backend.h). Opaque to callers. */
 typedef struct qg_backend qg_backend;
@@ -245,6 +272,95 @@ qg_status qg_galore_step(
     const qg_step_task *tasks,
     int64_t count,
     const qg_step_params *params,
+    void *scratch,
+    size_t scratch_size,
+    const qg_backend *backend,
+    const qg_linalg *linalg);
+
+/* ---------------------------------------------------------------- subspaces */
+
+typedef struct qg_subspace_params {
+    uint32_t struct_size;
+    int32_t steps; /* power steps; 0: one, and a second one where the old basis captured less than 0.9 of the new
+                            * one's energy */
+    qg_format gemm_format; /* FLOAT32 or BFLOAT16, of the products with the gradient; all others are FLOAT32 */
+} qg_subspace_params;
+
+/* What a refresh did. The energies are shares of ||G||^2: E = ||G Q^T||^2 / ||G||^2 (right), Q the orthonormalised old
+ * basis and the new one; both 0 where the gradient is zero, not finite, or orthogonal to the old basis. */
+typedef struct qg_subspace_report {
+    uint32_t struct_size;
+    int32_t kept;        /* 1: the basis has not been touched */
+    int32_t power_steps; /* taken */
+    int32_t fallbacks;   /* how often Householder QR took over from Cholesky */
+    double energy_old;
+    double energy_new;
+} qg_subspace_report;
+
+/* Scratch for any of the calls below on a rows x cols gradient: bases on one side or (`sides` 2, qg_captured_energy
+ * alone) on both, with up to `rank` vectors each. */
+qg_status qg_subspace_scratch_size(
+    int64_t rows,
+    int64_t cols,
+    int64_t rank,
+    int32_t sides,
+    qg_format gemm_format,
+    const qg_backend *backend,
+    const qg_linalg *linalg,
+    size_t *bytes);
+
+/* Block power steps from an old basis: Z = orth(G P^T), Y = orth(G^T Z), P = Y^T (right; for the left G^T stands for G).
+ * Vector i keeps its orientation. A gradient that is zero, not finite, or orthogonal to the whole basis leaves the basis
+ * as it is, bit for bit, which is a success (report->kept); so does a basis that is zero or not finite. A new basis is
+ * orthonormal to 1e-4.
+ *
+ * The host waits for numbers of the device once in the usual case: after the last step, or after the first one where
+ * steps = 0 and no second one is needed. What is usual is assumed and checked then (a gradient of ordinary size, three
+ * passes of Cholesky QR); where it does not hold, or steps > 3, everything is done again and looked at pass by pass. A
+ * backend that is not asynchronous looks at once, so that it takes no pass too many. */
+qg_status qg_subspace_refresh(
+    float *basis, /* [rank, dim]: in: the old one, finite, not necessarily orthonormal; out: the new one */
+    int64_t rank,
+    const void *gradient, /* [rows, cols] */
+    qg_format grad_format,
+    int64_t rows,
+    int64_t cols,
+    qg_side side, /* dim = cols (right) or rows (left) */
+    const qg_subspace_params *params,
+    qg_subspace_report *report,
+    void *scratch,
+    size_t scratch_size,
+    const qg_backend *backend,
+    const qg_linalg *linalg);
+
+/* A random orthonormal basis: entries close to normal (sums of four uniform integers of qg_noise's generator, under steps
+ * from 2^63 on, which no update reaches), orthonormalised. The entries are the same bits everywhere, the result is not:
+ * its sums are the GEMM's. The scratch is that of a 1 x dim gradient, one side, FLOAT32. */
+qg_status qg_subspace_random(
+    float *basis, /* [rank, dim] */
+    int64_t rank,
+    int64_t dim,
+    uint64_t seed,
+    uint32_t id,
+    uint32_t draw,
+    void *scratch,
+    size_t scratch_size,
+    const qg_backend *backend,
+    const qg_linalg *linalg);
+
+/* *energy = ||G Q_right^T||^2 / ||G||^2, ||Q_left G||^2 / ||G||^2 or, with both, ||Q_left G Q_right^T||^2 / ||G||^2, Q an
+ * orthonormal basis of the rows of a basis; 0 for a zero gradient. A basis of no vectors is absent. */
+qg_status qg_captured_energy(
+    double *energy,
+    const void *gradient, /* [rows, cols], finite */
+    qg_format grad_format,
+    int64_t rows,
+    int64_t cols,
+    const float *right, /* [right_rank, cols] */
+    int64_t right_rank,
+    const float *left, /* [left_rank, rows] */
+    int64_t left_rank,
+    qg_format gemm_format,
     void *scratch,
     size_t scratch_size,
     const qg_backend *backend,

@@ -58,34 +58,35 @@ def _(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: int, format: int
     return codes.new_empty(codes.shape, dtype=_float_of(format))
 
 
+_FLOAT_PROJECTORS = {PROJ_FORMATS["float32"]: torch.float32, PROJ_FORMATS["bfloat16"]: torch.bfloat16}
+_AFFINE_PROJECTORS = (PROJ_FORMATS["int8"], PROJ_FORMATS["int4"])
+_PACKED_PROJECTORS = (PROJ_FORMATS["int4"], PROJ_FORMATS["fp4"], PROJ_FORMATS["nf4"])
+
+
+def _projector_layout(format: int, block: int, rank: int, dim: int) -> list[tuple[torch.dtype, list[int]]]:
+    """Dtype and shape of a projector's codes, scales and zero points; [0] where the format has none."""
+    if format in _FLOAT_PROJECTORS:
+        return [(_FLOAT_PROJECTORS[format], [rank, dim]), (torch.bfloat16, [0]), (torch.uint8, [0])]
+    width = (dim + 1) // 2 if format in _PACKED_PROJECTORS else dim
+    scales = [rank, _blocks(dim, block)] if block else [1, 1]
+    zeros = scales if format in _AFFINE_PROJECTORS else [0]
+    return [(torch.uint8, [rank, width]), (torch.bfloat16, scales), (torch.uint8, zeros)]
+
+
 def _check_projector(codes: Tensor, scales: Tensor, zeros: Tensor, format: int, block: int, dim: int) -> None:
-    if format == PROJ_FORMATS["float32"]:
-        _check(codes, "projector codes", codes, (torch.float32,), [codes.shape[0], dim])
-        return
-    width = (dim + 1) // 2 if format == PROJ_FORMATS["int4"] else dim
-    per_block = [codes.shape[0], _blocks(dim, block)]
-    _check(codes, "projector codes", codes, (torch.uint8,), [codes.shape[0], width])
-    _check(scales, "projector scales", codes, (torch.bfloat16,), per_block)
-    _check(zeros, "projector zeros", codes, (torch.uint8,), per_block)
+    layout = _projector_layout(format, block, codes.shape[0], dim)
+    for name, part, (dtype, shape) in zip(("codes", "scales", "zeros"), (codes, scales, zeros), layout, strict=True):
+        _check(part, f"projector {name}", codes, (dtype,), shape)
 
 
 @torch.library.register_fake("q_galore::projector_quantize")
 def _(basis: Tensor, format: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
     _check(basis, "basis", basis, (torch.float32,), basis.shape)
     rank, dim = basis.shape
-    if format == PROJ_FORMATS["float32"]:
-        return (
-            torch.empty_like(basis),
-            basis.new_empty(0, dtype=torch.bfloat16),
-            basis.new_empty(0, dtype=torch.uint8),
-        )
-    width = (dim + 1) // 2 if format == PROJ_FORMATS["int4"] else dim
-    per_block = (rank, _blocks(dim, block))
-    return (
-        basis.new_empty((rank, width), dtype=torch.uint8),
-        basis.new_empty(per_block, dtype=torch.bfloat16),
-        basis.new_empty(per_block, dtype=torch.uint8),
+    codes, scales, zeros = (
+        basis.new_empty(shape, dtype=dtype) for dtype, shape in _projector_layout(format, block, rank, dim)
     )
+    return codes, scales, zeros
 
 
 @torch.library.register_fake("q_galore::projector_dequantize")
@@ -237,3 +238,25 @@ def _(
         _check_task(
             i, weight, scales[i], zeros[i], grads[i], grad_shape, moments, maxima, projected, per_block, group_size
         )
+
+
+@torch.library.register_fake("q_galore::subspace_refresh")
+def _(gradient: Tensor, basis: Tensor, side: int, steps: int, compute_format: int) -> tuple[Tensor, Tensor]:
+    _check(gradient, "gradient", gradient, tuple(FLOAT_FORMATS), gradient.shape)
+    dim = gradient.shape[1] if side == RIGHT else gradient.shape[0]
+    _check(basis, "basis", gradient, (torch.float32,), [basis.shape[0], dim])
+    return torch.empty_like(basis), torch.empty(5, dtype=torch.float64)
+
+
+@torch.library.register_fake("q_galore::subspace_random")
+def _(rank: int, dim: int, seed: int, id: int, draw: int) -> Tensor:
+    return torch.empty(rank, dim, dtype=torch.float32)
+
+
+@torch.library.register_fake("q_galore::captured_energy")
+def _(gradient: Tensor, right: Tensor, left: Tensor, compute_format: int) -> Tensor:
+    _check(gradient, "gradient", gradient, tuple(FLOAT_FORMATS), gradient.shape)
+    for name, basis, dim in (("right", right, gradient.shape[1]), ("left", left, gradient.shape[0])):
+        if basis.numel() > 0:
+            _check(basis, name, gradient, (torch.float32,), [basis.shape[0], dim])
+    return torch.empty((), dtype=torch.float64)

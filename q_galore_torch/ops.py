@@ -7,6 +7,7 @@ for tracing are in ``_fakes``. The ops write the tensors they are given and do n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,16 @@ from torch import Tensor
 from . import _C
 
 SIMD_LEVELS = ("scalar", "avx2", "avx512")
-PROJ_FORMATS = {"float32": 0, "int8": 16, "int4": 17}
+PROJ_FORMATS = {
+    "float32": 0,
+    "bfloat16": 1,
+    "int8": 16,
+    "int4": 17,
+    "fp8": 32,
+    "fp8_e4m3": 18,
+    "fp4": 19,
+    "nf4": 20,
+}
 RIGHT, LEFT, FULL = 0, 1, 2
 
 FLOAT_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -106,12 +116,18 @@ def projector_quantize(basis: Tensor, proj_format: str, block: int) -> tuple[Ten
 
     Args:
         basis: float32 [r, d], contiguous, finite.
-        proj_format: ``"float32"``, ``"int8"`` or ``"int4"``.
-        block: elements of a row that share a scale; a block never crosses a row.
+        proj_format: a key of ``PROJ_FORMATS``: ``"float32"``, ``"bfloat16"``; affine ``"int8"``, ``"int4"``; with a
+            scale alone ``"fp8"`` (signed 8-bit dynamic map), ``"fp8_e4m3"`` (OCP), ``"fp4"`` (bitsandbytes' values),
+            ``"nf4"`` (QLoRA's values).
+        block: elements of a row that share a scale; a block never crosses a row. 0: one scale for all [r, d].
 
     Returns:
-        codes (float32 [r, d], uint8 [r, d] or uint8 [r, ceil(d / 2)] with even columns in the low nibble),
-        scales bfloat16 [r, ceil(d / block)], zero points uint8 [r, ceil(d / block)]; both empty for float32.
+        codes (float32 or bfloat16 [r, d]; uint8 [r, d]; 4 bits: uint8 [r, ceil(d / 2)] with even columns in the low
+        nibble), scales bfloat16 [r, ceil(d / block)] or [1, 1] for block 0 (empty for float32, bfloat16), zero points
+        uint8 of the scales' shape (empty unless int8 or int4).
+
+    Raises:
+        ValueError: a value is not finite, an argument has the wrong dtype, shape or value.
     """
     return _op.projector_quantize(basis, _proj_code(proj_format), block)
 
@@ -283,8 +299,7 @@ def galore_step_(
     Raises:
         ValueError: an argument has the wrong dtype, shape or value. Nothing has been written then.
     """
-    if compute_dtype not in _COMPUTE:
-        raise ValueError(f"compute_dtype must be 'float32' or 'bfloat16', got {compute_dtype!r}")
+    compute_format = _compute_code(compute_dtype)
     _op.galore_step_(
         list(weights),
         list(scales),
@@ -319,9 +334,107 @@ def galore_step_(
         stochastic_round,
         group_size,
         block,
-        _COMPUTE[compute_dtype],
+        compute_format,
         norm_growth_limit,
     )
+
+
+# ---------------------------------------------------------------- subspaces
+
+
+class Refresh(NamedTuple):
+    """What a refresh of a basis gave.
+
+    Attributes:
+        basis: float32 [r, d]: the new basis, or the old one's bits where it was kept.
+        kept: the gradient was zero, not finite, or orthogonal to the whole basis.
+        power_steps: taken.
+        fallbacks: how often Householder QR took over from Cholesky.
+        energy_old: share of the gradient's energy that the old basis captures, orthonormalised; 0 where kept.
+        energy_new: the same of the new basis.
+    """
+
+    basis: Tensor
+    kept: bool
+    power_steps: int
+    fallbacks: int
+    energy_old: float
+    energy_new: float
+
+
+def subspace_refresh(
+    gradient: Tensor, basis: Tensor, side: int, steps: int = 0, compute_dtype: str = "float32"
+) -> Refresh:
+    """Block power steps from an old basis: ``Z = orth(G P^T)``, ``Y = orth(G^T Z)``, the new basis is ``Y^T``.
+
+    That is for the right; for the left read G^T for G. Vector i keeps the orientation of the old vector i.
+
+    Args:
+        gradient: [m, n], float32, bfloat16 or float16, contiguous; of any size and also not finite.
+        basis: the old one, float32 [r, d] with d = n (right) or m (left), r <= d; it need not be orthonormal.
+        side: 0 (right) or 1 (left).
+        steps: power steps; 0 (default) takes one, and a second one where the old basis captured less than 0.9 of the
+            energy that the new one captures.
+        compute_dtype: ``"float32"`` or ``"bfloat16"``, of the products with the gradient. All others are float32.
+
+    Returns:
+        The new basis, orthonormal to 1e-4, or the old one, and what was done.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape or value.
+    """
+    found, report = _op.subspace_refresh(gradient, basis, side, steps, _compute_code(compute_dtype))
+    kept, power_steps, fallbacks, energy_old, energy_new = report.tolist()
+    return Refresh(found, bool(kept), int(power_steps), int(fallbacks), energy_old, energy_new)
+
+
+def subspace_random(rank: int, dim: int, seed: int, id: int, draw: int) -> Tensor:
+    """A seeded random orthonormal basis.
+
+    Args:
+        rank: number of vectors.
+        dim: their length, at least ``rank``.
+        seed: any 64-bit integer.
+        id: number of the parameter, 32 bits.
+        draw: which of this parameter's bases, 32 bits.
+
+    Returns:
+        float32 [rank, dim] on the CPU. The numbers drawn are the same bits everywhere; the basis is, on one machine.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    return _op.subspace_random(rank, dim, seed, id, draw)
+
+
+def captured_energy(
+    gradient: Tensor, right: Tensor | None = None, left: Tensor | None = None, compute_dtype: str = "float32"
+) -> float:
+    """``||G Q^T||^2 / ||G||^2`` (right), ``||Q G||^2 / ||G||^2`` (left) or ``||Q_left G Q_right^T||^2 / ||G||^2``.
+
+    Q is an orthonormal basis of the rows of a basis.
+
+    Args:
+        gradient: [m, n], float32, bfloat16 or float16, contiguous, finite.
+        right: float32 [r, n], decoded; it need not be orthonormal. None (default): no right basis.
+        left: float32 [r, m], likewise.
+        compute_dtype: ``"float32"`` or ``"bfloat16"``, of the products with the gradient.
+
+    Returns:
+        The share in [0, 1], 0 for a zero gradient.
+
+    Raises:
+        ValueError: an argument has the wrong dtype, shape or value, or there is no basis.
+    """
+    absent = torch.empty(0)
+    bases = (absent if right is None else right, absent if left is None else left)
+    return _op.captured_energy(gradient, *bases, _compute_code(compute_dtype)).item()
+
+
+def _compute_code(compute_dtype: str) -> int:
+    if compute_dtype not in _COMPUTE:
+        raise ValueError(f"compute_dtype must be 'float32' or 'bfloat16', got {compute_dtype!r}")
+    return _COMPUTE[compute_dtype]
 
 
 def _float_code(dtype: torch.dtype) -> int:

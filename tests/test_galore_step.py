@@ -71,7 +71,20 @@ class Exact:
         return held
 
 
-def run(module, weights, states, projector, grad, side, step, *, proj_format="float32", low_rank=False, **options):
+def run(
+    module,
+    weights,
+    states,
+    projector,
+    grad,
+    side,
+    step,
+    *,
+    proj_format="float32",
+    proj_block=64,
+    low_rank=False,
+    **options,
+):
     stats = torch.zeros(1, 2, dtype=torch.int64)
     projector, right = projector[:3], projector[3:]
     options.update(zip(("right_codes", "right_scales", "right_zeros"), right, strict=bool(right)))
@@ -86,7 +99,7 @@ def run(module, weights, states, projector, grad, side, step, *, proj_format="fl
         [4],
         stats,
         proj_format=proj_format,
-        proj_block=64,
+        proj_block=proj_block,
         low_rank=low_rank,
         **{**HYPER, "scale": 0.25, **options},
     )
@@ -168,6 +181,28 @@ def test_galore_follows_float64_over_steps(side, storage, m, n):
         half = {"float32": 2.0**-20, "bfloat16": 2.0**-9, "float16": 2.0**-12}
         room = 4 * (0.6 * weights[1][0].max().item() if storage == "int8" else largest * half[storage])
         assert (value - exact.weight).abs().max() <= room < (exact.weight - start).abs().max(), rank
+
+
+@SIDES
+@pytest.mark.parametrize("proj_format", list(ops.PROJ_FORMATS))
+def test_galore_in_every_projector_format_equals_reference(side, proj_format):
+    """Float32 weights and moments after one step, with blocks of 16 and with one scale for the whole basis."""
+    for proj_block in (0, 16):
+        weights, states, _ = make(33, 70, 5, side)
+        projector = []
+        for dim in {ops.RIGHT: [70], ops.LEFT: [33], ops.FULL: [33, 70]}[side]:
+            basis = torch.linalg.qr(torch.randn(dim, 5))[0].t().contiguous()
+            projector += [[x] for x in ops.projector_quantize(basis, proj_format, proj_block)]
+        before = weights[0][0].clone()
+        levels = {level: (clone(weights), clone(states)) for level in ops.simd_levels()}
+        grad = torch.randn(33, 70)
+        run(reference, weights, states, projector, grad, side, 1, proj_format=proj_format, proj_block=proj_block)
+        assert not torch.equal(before, weights[0][0])
+        for level, (our_weights, our_states) in levels.items():
+            ops.set_simd_level(level)
+            run(ops, our_weights, our_states, projector, grad, side, 1, proj_format=proj_format, proj_block=proj_block)
+            for got, want in zip(our_weights[:1] + our_states[:2], weights[:1] + states[:2], strict=True):
+                torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
 
 
 @SIDES
@@ -322,7 +357,7 @@ def test_galore_refuses_bad_input_and_changes_nothing():
         (dict(norm_growth_limit=-1.0, norms=one), r"norm_growth_limit: expected 0 \(off\) or a finite .*, got -1"),
         (dict(norm_growth_limit=float("nan"), norms=one), r"norm_growth_limit: expected 0 .*, got -?nan"),
         (dict(low_rank=True), r"grads\[0\] must be .* \[8, 40\]"),
-        (dict(proj_format="fp4"), r"proj_format must be one of"),
+        (dict(proj_format="fp5"), r"proj_format must be one of"),
         (dict(compute_dtype="float16"), r"compute_dtype must be"),
         (dict(scale=float("inf")), r"lr, scale, weight_decay and eps must be finite"),
     ]
@@ -337,11 +372,15 @@ def test_galore_refuses_bad_right_bases_and_changes_nothing():
     weights, states, projector = make(40, 24, 8, ops.FULL, storage="int8", moments="dynamic8", proj_format="int4")
     before = clone(weights + states)
     codes, scales, zeros = (x[0] for x in projector[3:])
-    swapped, narrow, grad = projector[3:] + projector[:3], [[codes[:7].clone()], [scales], [zeros]], torch.randn(40, 24)
+    swapped, narrow, grad = (
+        projector[3:] + projector[:3],
+        [[x[:7].clone()] for x in (codes, scales, zeros)],
+        torch.randn(40, 24),
+    )
     cases = [
         (swapped, {}, r"proj_codes\[0\] must be contiguous uint8 \[\*, 20\] on cpu, got uint8 \[8, 12\]"),
-        (projector[:3] * 2, {}, r"right_codes\[0\] must be contiguous uint8 \[8, 12\] on cpu, got uint8 \[8, 20\]"),
-        (projector[:3] + narrow, {}, r"right_codes\[0\] must be .* \[8, 12\] on cpu, got uint8 \[7, 12\]"),
+        (projector[:3] * 2, {}, r"right_codes\[0\] must be contiguous uint8 \[\*, 12\] on cpu, got uint8 \[8, 20\]"),
+        (projector[:3] + narrow, {}, r"right_codes\[0\] must be 8 vectors like proj_codes, got uint8 \[7, 12\]"),
         (projector[:4] + [[scales[:7]]] + projector[5:], {}, r"right_scales\[0\] must be contiguous bfloat16 \[8, 1\]"),
         (projector[:5] + [[zeros.char()]], {}, r"right_zeros\[0\] must be contiguous uint8 \[8, 1\] .*, got int8"),
         (projector, dict(low_rank=True), r"grads\[0\] must be .* \[8, 8\] on cpu, got float32 \[40, 24\]"),

@@ -35,17 +35,33 @@ def step_arguments(side: int | None, storage: str, moments: str):
 
 def cases():
     codes, scales, zeros = ops.int8_quantize(torch.randn(40, 24))
-    projector = ops.projector_quantize(torch.randn(8, 24), "int4", 64)
     moment = ops.dynamic8_quantize(torch.randn(8, 300), True)
     yield "noise", op.noise.default, (1, 2, 3, 4, 50)
     yield "absmax", op.absmax.default, ([torch.randn(5), torch.randn(3, 3).bfloat16()],)
     yield "int8_quantize", op.int8_quantize.default, (torch.randn(40, 24), 256)
     yield "int8_dequantize", op.int8_dequantize.default, (codes, scales, zeros, 256, 1)
-    yield "projector_quantize", op.projector_quantize.default, (torch.randn(8, 25), 17, 64)
-    yield "projector_quantize float32", op.projector_quantize.default, (torch.randn(8, 25), 0, 64)
-    yield "projector_dequantize", op.projector_dequantize.default, (*projector, 17, 64, 24, 0)
+    for name, number in ops.PROJ_FORMATS.items():
+        for block in (64, 0):
+            parts = ops.projector_quantize(torch.randn(8, 25), name, block)
+            yield (
+                f"projector_quantize {name} {block}",
+                op.projector_quantize.default,
+                (torch.randn(8, 25), number, block),
+            )
+            yield (
+                f"projector_dequantize {name} {block}",
+                op.projector_dequantize.default,
+                (*parts, number, block, 25, 0),
+            )
     yield "dynamic8_quantize", op.dynamic8_quantize.default, (torch.randn(8, 300), True, 256)
     yield "dynamic8_dequantize", op.dynamic8_dequantize.default, (*moment, True, 256)
+    yield "subspace_random", op.subspace_random.default, (4, 24, 1, 2, 3)
+    for side, dim in ((0, 24), (1, 40)):
+        arguments = (torch.randn(40, 24), torch.randn(8, dim), side, 0, 0)
+        yield f"subspace_refresh side {side}", op.subspace_refresh.default, arguments
+    gradient, right, left = torch.randn(40, 24), torch.randn(8, 24), torch.randn(5, 40)
+    yield "captured_energy right", op.captured_energy.default, (gradient, right, torch.empty(0), 1)
+    yield "captured_energy both", op.captured_energy.default, (gradient, right, left, 0)
     for storage in ("float32", "int8"):
         for moments in ("float32", "dynamic8"):
             yield f"adam8_step_ {storage} {moments}", op.adam8_step_.default, step_arguments(None, storage, moments)

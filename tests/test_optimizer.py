@@ -145,6 +145,28 @@ def test_eight_bit_moments_and_int4_agree_with_float64_of_the_same_codes(shape: 
         assert (v - plain.v).abs().amax() <= 0.0036 * plain.v.amax()
 
 
+@pytest.mark.parametrize("proj_format", ops.PROJ_FORMATS)
+@pytest.mark.parametrize("proj_block", [None, 0])
+def test_every_projector_format_agrees_with_float64_of_the_same_codes(proj_format: str, proj_block: int | None) -> None:
+    rows, cols = SHAPES["prime"]
+    weight = nn.Parameter(0.02 * torch.randn(rows, cols))
+    format_keys = dict(proj_format=proj_format, proj_block=proj_block)
+    opt = optimizer(weight, lr=0.01, update_proj_gap=3, moments_dtype="float32", **format_keys)
+    plain, start = Reference(weight, opt.param_groups[0]), weight.detach().double().clone()
+    for gradient in low_rank_stream(rows, cols, 5):
+        weight.grad = gradient
+        opt.step()
+        basis = decoded_basis(opt, weight)
+        plain.step(gradient, basis, right=True)
+        gram = basis.double() @ basis.double().t()
+        assert (gram - torch.eye(16)).abs().max() < (0.25 if "4" in proj_format else 0.05), "not the basis"
+    error = (weight.double() - plain.weight).norm() / (plain.weight - start).norm()
+    assert error <= 1e-4  # another basis would be off by 1e-2 and more
+    restored = optimizer(weight, lr=0.01, update_proj_gap=3, moments_dtype="float32", **format_keys)
+    restored.load_state_dict(opt.state_dict())
+    assert torch.equal(decoded_basis(restored, weight), basis)
+
+
 @pytest.mark.parametrize("shape", ["tall", "wide"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gradients_and_weights(shape: str, dtype: torch.dtype) -> None:

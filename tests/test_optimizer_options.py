@@ -66,12 +66,37 @@ def test_the_whole_constructor_of_upstream_is_accepted() -> None:
         (dict(proj_format="int8"), "int8", 256),
         (dict(proj_format="float32"), "float32", 256),
         (dict(proj_block="64"), "int4", 64),
+        (dict(proj_block=0), "int4", 0),
+        (dict(proj_block=None), "int4", 256),
+        (dict(proj_format="bfloat16"), "bfloat16", 256),
+        (dict(proj_format="bfloat16", proj_block=64), "bfloat16", 256),
+        (dict(proj_format="fp8"), "fp8", 256),
+        (dict(proj_format="fp8_e4m3"), "fp8_e4m3", 256),
+        (dict(proj_format="fp8_e4m3", proj_block=0), "fp8_e4m3", 0),
+        (dict(proj_format="fp4"), "fp4", 64),
+        (dict(proj_format="nf4"), "nf4", 64),
+        (dict(proj_format="nf4", proj_block=128), "nf4", 128),
+        (dict(quant=False, quant_group_size=64), "float32", 256),
+        (dict(quant_n_bit=8, quant_group_size=0), "int8", 0),
+        (dict(quantize_type="4bit"), "fp4", 64),
+        (dict(quantize_type="4bit", quantize_blocksz=4096), "fp4", 4096),
+        (dict(quantize_type="8bit"), "fp8", 0),
+        (dict(quantize_type="8bit", quantize_blocksz=4096), "fp8", 0),
+        (dict(quantize_type="8bit_blockwise"), "fp8", 4096),
+        (dict(quantize_type="8bit_blockwise", quantize_blocksz="256"), "fp8", 256),
+        (dict(quantize_type=None), "float32", 256),
+        (dict(quantize_type=None, quantize_blocksz=4096), "float32", 256),
+        (dict(proj_quantize_type="4bit"), "fp4", 64),
+        (dict(proj_quantize_type="8bit_blockwise", proj_quantize_blocksz=512), "fp8", 512),
     ],
 )
 def test_projector_format_keys(keys: dict[str, Any], format_: str, block: int) -> None:
     group = projected(**keys)
     assert (group["proj_format"], group["proj_block"]) == (format_, block)
-    assert not any(key.startswith("quant") for key in group)
+    assert not any("quant" in key for key in group)
+    opt = qg.QGaLoreAdamW8bit([{"params": [matrix()], "rank": 4, **keys}])
+    opt.load_state_dict(opt.state_dict())
+    assert (opt.param_groups[0]["proj_format"], opt.param_groups[0]["proj_block"]) == (format_, block)
 
 
 def test_numbers_given_as_strings_are_parsed() -> None:
@@ -137,13 +162,20 @@ BAD_GROUP = [
     (dict(update_proj_gap=0), "update_proj_gap must be an integer >= 1, got 0"),
     (dict(scale=float("inf")), "scale must be a finite number, got inf"),
     (dict(proj_type="up"), "proj_type must be 'std' or 'reverse_std' or 'right' or 'left' or 'full', got 'up'"),
-    (dict(proj_format="int2"), "proj_format must be 'float32' or 'int8' or 'int4', got 'int2'"),
-    (dict(proj_format="nf4"), "proj_format='nf4' is not implemented yet; allowed: .*"),
-    (dict(proj_block=0), "proj_block must be an integer >= 1, got 0"),
-    (dict(quant=True, proj_format="int4"), "quant and proj_format describe the projector's format twice.*"),
+    (dict(proj_format="int2"), "proj_format must be 'float32' or 'bfloat16' or 'int8' or .* or 'nf4', got 'int2'"),
+    (dict(proj_block=-1), "proj_block must be an integer >= 0, got -1"),
+    (dict(proj_format="float32", proj_block=-1), "proj_block must be an integer >= 0, got -1"),
+    (dict(quant=True, proj_format="int4"), "proj_format and quant describe the projector's format twice.*"),
+    (dict(quantize_type="4bit", proj_block=64), "proj_block and quantize_type describe .* twice.*"),
+    (dict(quantize_type="4bit", quant_n_bit=4), "quant_n_bit and quantize_type describe .* twice.*"),
+    (dict(quantize_type="4bit", proj_quantize_type="4bit"), "quantize_type and proj_quantize_type describe .* twice.*"),
     (dict(quant_n_bit=3), "quant_n_bit must be 4 or 8, got 3"),
-    (dict(quant_group_size=-1), "quant_group_size must be an integer >= 1, got -1"),
-    (dict(quantize_type="4bit"), "quantize_type asks for a floating-point projector format.*"),
+    (dict(quant_group_size=-1), "quant_group_size must be an integer >= 0, got -1"),
+    (dict(quantize_type="2bit"), "quantize_type must be None or '4bit' or '8bit' or '8bit_blockwise', got '2bit'"),
+    (dict(proj_quantize_type=4), "proj_quantize_type must be None or '4bit' or '8bit' or '8bit_blockwise', got 4"),
+    (dict(quantize_type="4bit", quantize_blocksz=-1), "quantize_blocksz must be an integer >= 0, got -1"),
+    (dict(quantize_blocksz=64), "quantize_blocksz=64 needs quantize_type: None or '4bit' or .*"),
+    (dict(proj_quantize_type="9", quantize_blocksz=4), "quantize_blocksz and proj_quantize_type describe .* twice.*"),
     (dict(subspace="qr"), "subspace must be 'warm' or 'svd' or 'random', got 'qr'"),
     (dict(lazy_rule="cosine"), "lazy_rule must be 'energy' or 'upstream' or 'fixed', got 'cosine'"),
     (dict(energy_threshold=0), r"energy_threshold must be a number in \(0, 1\], got 0"),

@@ -2,6 +2,7 @@
 #include "common.h"
 
 #include <atomic>
+#include <climits>
 #include <cstdlib>
 #include <sstream>
 
@@ -173,6 +174,41 @@ ScalarType scalar_type(qg_format format) {
     default:
         throw std::invalid_argument("format " + std::to_string(format) + " is not a float format");
     }
+}
+
+ProjectorLayout projector_layout(qg_format format, int64_t block, int64_t rank, int64_t dim) {
+    const std::vector<int64_t> none = {0}, codes = {rank, qg_projector_row_codes(format, dim)};
+    if (qg_projector_is_float(format)) {
+        return {scalar_type(format), codes, none, none};
+    }
+    const std::vector<int64_t> scales = {qg_projector_scale_rows(rank, block), qg_projector_scale_cols(dim, block)};
+    return {ScalarType::Byte, codes, scales, qg_projector_is_affine(format) ? scales : none};
+}
+
+void check_projector_block(const Argument &argument, int64_t block) {
+    if (block < 0 || block > INT_MAX) {
+        refuse(argument, "from 0 (one scale for all) to 2147483647", std::to_string(block));
+    }
+}
+
+qg_projector projector_of(
+    const char *op,
+    const ProjectorNames &names,
+    int64_t index,
+    const Tensor &codes,
+    const Tensor &scales,
+    const Tensor &zeros,
+    int64_t format,
+    int64_t block,
+    int64_t dim) {
+    const qg_format known = static_cast<qg_format>(format);
+    const ProjectorLayout rows = projector_layout(known, block, -1, dim); // any number of them
+    check_tensor({op, names.codes, index}, codes, {rows.dtype}, rows.codes);
+    const ProjectorLayout layout = projector_layout(known, block, codes.size(0), dim);
+    check_tensor({op, names.scales, index}, scales, {ScalarType::BFloat16}, layout.scales);
+    check_tensor({op, names.zeros, index}, zeros, {ScalarType::Byte}, layout.zeros);
+    return {codes.data_ptr(), static_cast<uint16_t *>(scales.data_ptr()), static_cast<uint8_t *>(zeros.data_ptr()),
+        codes.size(0), dim, static_cast<int32_t>(block), known};
 }
 
 void check_status(const char *op, qg_status status) {

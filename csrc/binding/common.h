@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "core/layout.h"
 #include "q_galore.h"
 
 namespace qg {
@@ -49,6 +50,37 @@ inline int64_t blocks(int64_t count, int64_t block) {
     return (count + block - 1) / block;
 }
 
+// What the tensors of a projector are called in messages.
+struct ProjectorNames {
+    const char *codes;
+    const char *scales;
+    const char *zeros;
+};
+
+// Sizes and dtypes of a projector's tensors; one that the format does not have is empty, [0].
+struct ProjectorLayout {
+    ScalarType dtype;
+    std::vector<int64_t> codes;
+    std::vector<int64_t> scales;
+    std::vector<int64_t> zeros;
+};
+
+ProjectorLayout projector_layout(qg_format format, int64_t block, int64_t rank, int64_t dim);
+
+void check_projector_block(const Argument &argument, int64_t block);
+
+// The projector of any number of vectors of length dim in three tensors, which are checked.
+qg_projector projector_of(
+    const char *op,
+    const ProjectorNames &names,
+    int64_t index,
+    const Tensor &codes,
+    const Tensor &scales,
+    const Tensor &zeros,
+    int64_t format,
+    int64_t block,
+    int64_t dim);
+
 // Throws what a status means: ValueError for a bad argument, NotImplementedError-like RuntimeError otherwise.
 void check_status(const char *op, qg_status status);
 
@@ -58,7 +90,7 @@ int64_t simd_level();
 int64_t best_simd_level();
 void set_simd_level(int64_t level);
 
-// GEMMs by torch.
+// GEMMs by torch, factorisations by the CPU's own.
 const qg_linalg *torch_linalg();
 
 extern const std::initializer_list<ScalarType> FLOATS;
@@ -141,5 +173,13 @@ void galore_step(
     int64_t block,
     int64_t compute_format,
     double norm_growth_limit);
+std::tuple<Tensor, Tensor> subspace_refresh(
+    const Tensor &gradient,
+    const Tensor &basis,
+    int64_t side,
+    int64_t steps,
+    int64_t compute_format);
+Tensor subspace_random(int64_t rank, int64_t dim, int64_t seed, int64_t id, int64_t draw);
+Tensor captured_energy(const Tensor &gradient, const Tensor &right, const Tensor &left, int64_t compute_format);
 
 } // namespace qg

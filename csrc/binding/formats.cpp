@@ -1,5 +1,6 @@
 // formats.cpp - ops that encode, decode and measure tensors.
 #include <climits>
+#include <cstring>
 #include <tuple>
 
 #include "common.h"
@@ -22,16 +23,7 @@ qg_weight weight_view(const Tensor &codes, const Tensor &scales, const Tensor &z
         codes.numel(), static_cast<int32_t>(group_size), QG_INT8};
 }
 
-qg_projector projector_view(
-    const Tensor &codes,
-    const Tensor &scales,
-    const Tensor &zeros,
-    int64_t format,
-    int64_t block,
-    int64_t dim) {
-    return {codes.data_ptr(), static_cast<uint16_t *>(scales.data_ptr()), static_cast<uint8_t *>(zeros.data_ptr()),
-        codes.size(0), dim, static_cast<int32_t>(block), static_cast<qg_format>(format)};
-}
+const ProjectorNames PROJECTOR = {"codes", "scales", "zeros"};
 
 } // namespace
 
@@ -71,15 +63,17 @@ Tensor int8_dequantize(
 std::tuple<Tensor, Tensor, Tensor> projector_quantize(const Tensor &basis, int64_t format, int64_t block) {
     const char *op = "projector_quantize";
     check_tensor({op, "basis"}, basis, {ScalarType::Float}, {-1, -1});
-    check_positive({op, "block"}, block);
+    check_projector_block({op, "block"}, block);
     const int64_t rank = basis.size(0), dim = basis.size(1);
-    const bool is_float = format == QG_FLOAT32;
-    const int64_t row_blocks = blocks(dim, block);
-    Tensor codes = is_float ? empty({rank, dim}, ScalarType::Float)
-                            : empty({rank, format == QG_INT4 ? (dim + 1) / 2 : dim}, ScalarType::Byte);
-    Tensor scales = is_float ? empty({0}, ScalarType::BFloat16) : empty({rank, row_blocks}, ScalarType::BFloat16);
-    Tensor zeros = is_float ? empty({0}, ScalarType::Byte) : empty({rank, row_blocks}, ScalarType::Byte);
-    const qg_projector view = projector_view(codes, scales, zeros, format, block, dim);
+    const ProjectorLayout layout = projector_layout(static_cast<qg_format>(format), block, rank, dim);
+    Tensor codes = empty(layout.codes, layout.dtype);
+    Tensor scales = empty(layout.scales, ScalarType::BFloat16);
+    Tensor zeros = empty(layout.zeros, ScalarType::Byte);
+    if (basis.numel() == 0) { // the core writes nothing then; with block 0 there is a scale all the same
+        std::memset(scales.data_ptr(), 0, static_cast<size_t>(scales.numel()) * 2);
+        std::memset(zeros.data_ptr(), 0, static_cast<size_t>(zeros.numel()));
+    }
+    const qg_projector view = projector_of(op, PROJECTOR, -1, codes, scales, zeros, format, block, dim);
     check_status(op, qg_projector_quantize(&view, static_cast<const float *>(basis.data_ptr()), backend()));
     return {codes, scales, zeros};
 }
@@ -93,18 +87,10 @@ Tensor projector_dequantize(
     int64_t dim,
     int64_t target_format) {
     const char *op = "projector_dequantize";
-    check_positive({op, "block"}, block);
-    if (format == QG_FLOAT32) {
-        check_tensor({op, "codes"}, codes, {ScalarType::Float}, {-1, dim});
-    } else {
-        check_tensor({op, "codes"}, codes, {ScalarType::Byte}, {-1, format == QG_INT4 ? (dim + 1) / 2 : dim});
-        const std::vector<int64_t> per_block = {codes.size(0), blocks(dim, block)};
-        check_tensor({op, "scales"}, scales, {ScalarType::BFloat16}, per_block);
-        check_tensor({op, "zeros"}, zeros, {ScalarType::Byte}, per_block);
-    }
+    check_projector_block({op, "block"}, block);
+    const qg_projector view = projector_of(op, PROJECTOR, -1, codes, scales, zeros, format, block, dim);
     const qg_format target = static_cast<qg_format>(target_format);
-    Tensor out = empty({codes.size(0), dim}, scalar_type(target));
-    const qg_projector view = projector_view(codes, scales, zeros, format, block, dim);
+    Tensor out = empty({view.rank, dim}, scalar_type(target));
     check_status(op, qg_projector_dequantize(&view, out.data_ptr(), target, backend()));
     return out;
 }

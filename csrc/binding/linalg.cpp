@@ -1,4 +1,4 @@
-// linalg.cpp - the linear-algebra table on the CPU: torch's matrix products.
+// linalg.cpp - the linear-algebra table on the CPU: torch's matrix products, our own factorisations over them.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -35,6 +35,7 @@ class View {
 qg_status gemm(
     void *,
     qg_format format,
+    int32_t accumulate,
     int64_t m,
     int64_t n,
     int64_t k,
@@ -52,13 +53,17 @@ qg_status gemm(
     if (!left.good() || !right.good() || !out.good()) {
         return QG_INTERNAL;
     }
-    return aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()) == AOTI_TORCH_SUCCESS ? QG_SUCCESS : QG_INTERNAL;
+    const AOTITorchError error =
+        accumulate == 0 ? aoti_torch_cpu_mm_out(out.get(), left.get(), right.get())
+                        : aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), 1.0, accumulate);
+    return error == AOTI_TORCH_SUCCESS ? QG_SUCCESS : QG_INTERNAL;
 }
 
 } // namespace
 
 const qg_linalg *torch_linalg() {
-    static const qg_linalg table = {sizeof(qg_linalg), nullptr, gemm};
+    static const qg_linalg table = {
+        sizeof(qg_linalg), nullptr, gemm, qg_cpu_potrf, qg_cpu_trtri, qg_cpu_qr, qg_cpu_work_size};
     return &table;
 }
 

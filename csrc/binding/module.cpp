@@ -94,6 +94,15 @@ STABLE_TORCH_LIBRARY(q_galore, library) {
         "int block, "
         "int compute_format, "
         "float norm_growth_limit) -> ()");
+    library.def(
+        "subspace_refresh("
+        "Tensor gradient, "
+        "Tensor basis, "
+        "int side, "
+        "int steps, "
+        "int compute_format) -> (Tensor, Tensor)");
+    library.def("subspace_random(int rank, int dim, int seed, int id, int draw) -> Tensor");
+    library.def("captured_energy(Tensor gradient, Tensor right, Tensor left, int compute_format) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(q_galore, CompositeExplicitAutograd, library) {
@@ -101,6 +110,7 @@ STABLE_TORCH_LIBRARY_IMPL(q_galore, CompositeExplicitAutograd, library) {
     library.impl("best_simd_level", TORCH_BOX(&qg::best_simd_level));
     library.impl("set_simd_level", TORCH_BOX(&qg::set_simd_level));
     library.impl("noise", TORCH_BOX(&qg::noise));
+    library.impl("subspace_random", TORCH_BOX(&qg::subspace_random));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(q_galore, CPU, library) {
@@ -113,6 +123,8 @@ STABLE_TORCH_LIBRARY_IMPL(q_galore, CPU, library) {
     library.impl("dynamic8_dequantize", TORCH_BOX(&qg::dynamic8_dequantize));
     library.impl("adam8_step_", TORCH_BOX(&qg::adam8_step));
     library.impl("galore_step_", TORCH_BOX(&qg::galore_step));
+    library.impl("subspace_refresh", TORCH_BOX(&qg::subspace_refresh));
+    library.impl("captured_energy", TORCH_BOX(&qg::captured_energy));
 }
 
 // Importing the module registers the ops; it holds nothing but the version of the C core.

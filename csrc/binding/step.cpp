@@ -10,6 +10,9 @@ namespace {
 const std::initializer_list<ScalarType> WEIGHTS = {
     ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Byte};
 
+const ProjectorNames PROJECTOR = {"proj_codes", "proj_scales", "proj_zeros"};
+const ProjectorNames RIGHT_PROJECTOR = {"right_codes", "right_scales", "right_zeros"};
+
 // The lists that both ops share, with the size of a group and of a moment block.
 struct Lists {
     const char *op;
@@ -100,37 +103,6 @@ void fill_common(const Lists &l, size_t i, qg_step_task &task) {
     task.noise_step = l.noise_steps[i];
     task.bias_step = l.bias_steps[i];
     task.stats = static_cast<int64_t *>(l.stats.data_ptr()) + 2 * index;
-}
-
-// A list of bases with the names of its arguments.
-struct Bases {
-    const char *codes_name, *scales_name, *zeros_name;
-    const Tensors &codes, &scales, &zeros;
-};
-
-// Basis vectors of length dim; a rank of -1 is free.
-qg_projector projector_of(
-    const char *op,
-    const Bases &bases,
-    size_t i,
-    int64_t rank,
-    int64_t dim,
-    int64_t format,
-    int64_t block) {
-    const int64_t index = static_cast<int64_t>(i);
-    const Tensor &codes = bases.codes[i];
-    const bool is_float = format == QG_FLOAT32;
-    const int64_t row_bytes = format == QG_INT4 ? (dim + 1) / 2 : dim;
-    check_tensor(
-        {op, bases.codes_name, index}, codes, {is_float ? ScalarType::Float : ScalarType::Byte}, {rank, row_bytes});
-    if (!is_float) {
-        const std::vector<int64_t> per_block = {codes.size(0), blocks(dim, block)};
-        check_tensor({op, bases.scales_name, index}, bases.scales[i], {ScalarType::BFloat16}, per_block);
-        check_tensor({op, bases.zeros_name, index}, bases.zeros[i], {ScalarType::Byte}, per_block);
-    }
-    return {codes.data_ptr(), static_cast<uint16_t *>(bases.scales[i].data_ptr()),
-        static_cast<uint8_t *>(bases.zeros[i].data_ptr()), codes.size(0), dim, static_cast<int32_t>(block),
-        static_cast<qg_format>(format)};
 }
 
 std::vector<int64_t> sizes_of(const Tensor &tensor) {
@@ -244,9 +216,7 @@ void galore_step(
     if (limited) {
         check_tensor({op, "norms"}, norms, {ScalarType::Double}, {static_cast<int64_t>(weights.size())});
     }
-    if (proj_block < 1 || proj_block > INT_MAX) {
-        refuse({op, "proj_block"}, "from 1 to 2147483647", std::to_string(proj_block));
-    }
+    check_projector_block({op, "proj_block"}, proj_block);
     std::vector<qg_step_task> tasks(weights.size());
     for (size_t i = 0; i < weights.size(); i++) {
         const int64_t index = static_cast<int64_t>(i);
@@ -261,13 +231,19 @@ void galore_step(
         task.side = static_cast<qg_side>(sides[i]);
         task.low_rank_gradient = low_rank;
         task.weight = weight_of(lists, i, rows, cols);
-
-        const Bases bases = {"proj_codes", "proj_scales", "proj_zeros", proj_codes, proj_scales, proj_zeros};
-        task.projector = projector_of(op, bases, i, -1, right ? cols : rows, proj_format, proj_block);
+        task.projector = projector_of(
+            op, PROJECTOR, index, proj_codes[i], proj_scales[i], proj_zeros[i], proj_format, proj_block,
+            right ? cols : rows);
         const int64_t rank = task.projector.rank, other = right ? rows : full ? rank : cols;
         if (full) {
-            const Bases rights = {"right_codes", "right_scales", "right_zeros", right_codes, right_scales, right_zeros};
-            task.right_projector = projector_of(op, rights, i, rank, cols, proj_format, proj_block);
+            task.right_projector = projector_of(
+                op, RIGHT_PROJECTOR, index, right_codes[i], right_scales[i], right_zeros[i], proj_format, proj_block,
+                cols);
+            if (task.right_projector.rank != rank) {
+                refuse(
+                    {op, "right_codes", index}, std::to_string(rank) + " vectors like proj_codes",
+                    describe(right_codes[i]));
+            }
         }
         task.norm = limited ? static_cast<double *>(norms.data_ptr()) + i : nullptr;
 

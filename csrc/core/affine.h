@@ -97,7 +97,7 @@ QG_INLINE qg_affine qg_projector_range(float low, float high, int32_t top) {
     scale = scale <= FLT_MAX ? scale : high / (float)top - low / (float)top; /* where the difference overflows */
     scale = scale > 0x1p-100f ? scale : 0x1p-100f;
     qg_affine range;
-    range.scale = qg_float((qg_bits(scale) + 0xffff) & 0xffff0000);
+    range.scale = qg_round_up_bfloat16(scale);
     range.zero = qg_round(-low / range.scale);
     return range;
 }

@@ -1,7 +1,7 @@
 /* backend.h - the table of kernels that a device fills and core/ is written against.
  *
  * Kernels trust their arguments (core/ has checked them) and cannot fail. Each is parallel inside and gives the same
- * bits for every SIMD level and thread count; scalar.h, affine.h and dynamic8.h here define what one element computes.
+ * bits for every SIMD level and thread count; scalar.h, affine.h, codebook.h and dynamic8.h here define what one element computes.
  */
 #ifndef QG_CORE_BACKEND_H
 #define QG_CORE_BACKEND_H
@@ -57,6 +57,34 @@ struct qg_backend {
         int64_t rows,
         int64_t cols,
         int64_t source_row_stride);
+
+    /* target [rows, cols] contiguous (FLOAT32 or BFLOAT16) <- scale * source with a row stride, scale a power of two. */
+    void (*scaled_cast)(
+        void *target,
+        qg_format target_format,
+        const void *source,
+        qg_format source_format,
+        int64_t rows,
+        int64_t cols,
+        int64_t source_row_stride,
+        float scale);
+
+    /* *out = the sum of source[i]^2 in double: 16 lanes of 64 ranges, added in their order. */
+    void (*sum_squares)(double *out, const void *source, qg_format format, int64_t count);
+
+    /* target = source / sqrt(*squares); target may be source's own memory where that is float32. */
+    void (*normalise)(float *target, const void *source, qg_format format, int64_t count, const double *squares);
+
+    /* *distance = max |A - I| of a symmetric matrix given by its lower triangle, infinity where it is not finite; where
+     * the distance is at least 0.5, A's diagonal grows by 1e-6 ||A||_F (the shift of Cholesky QR). */
+    void (*shift_gram)(double *distance, float *gram, int64_t n);
+
+    /* out[i] = sum of the noise of elements 4 i .. 4 i + 3, less its mean, times 2^-24: nearly normal. */
+    void (*bell)(float *out, const qg_noise_stream *stream, int64_t count);
+
+    /* Waits for the device and copies its numbers to the host. asynchronous: a wait costs more than a pass too many. */
+    void (*fetch)(void *host, const void *device, size_t size);
+    int asynchronous;
 
     void (*int8_quantize)(const qg_weight *weight, const void *source, qg_format source_format);
     void (*int8_dequantize)(const qg_weight *weight, void *target, qg_format target_format);

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdio.h>
 
+#include "core/layout.h"
 #include "core/status.h"
 
 qg_status qg_check_sizes(const char *what, int64_t rows, int64_t cols) {
@@ -90,30 +91,68 @@ static qg_status check_moments(const qg_moments *moments, int64_t index) {
     }
 }
 
+static qg_status check_projector_format(const char *what, qg_format format) {
+    switch (format) {
+    case QG_FLOAT32:
+    case QG_BFLOAT16:
+    case QG_INT8:
+    case QG_INT4:
+    case QG_FP8_E4M3:
+    case QG_FP4:
+    case QG_NF4:
+    case QG_DYNAMIC8:
+        return QG_SUCCESS;
+    default:
+        return qg_fail(
+            QG_UNSUPPORTED,
+            "%s: expected FLOAT32 (0), BFLOAT16 (1), INT8 (16), INT4 (17), FP8_E4M3 (18), FP4 (19), NF4 (20) or "
+            "DYNAMIC8 (32), got format %d",
+            what, (int)format);
+    }
+}
+
+qg_status qg_check_projector(const char *what, const qg_projector *projector) {
+    qg_status status = qg_check_sizes(what, projector->rank, projector->dim);
+    if (status == QG_SUCCESS) {
+        status = check_projector_format(what, projector->format);
+    }
+    if (status != QG_SUCCESS) {
+        return status;
+    }
+    const int is_float = qg_projector_is_float(projector->format);
+    if (!is_float && projector->block < 0) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "%s: expected a block >= 0 (0: one scale for all), got %d", what,
+            (int)projector->block);
+    }
+    if (projector->rank * projector->dim == 0) {
+        return QG_SUCCESS;
+    }
+    const char *missing = NULL;
+    if (qg_projector_is_affine(projector->format) && projector->zeros == NULL) {
+        missing = "zeros";
+    }
+    if (!is_float && projector->scales == NULL) {
+        missing = "scales";
+    }
+    if (projector->codes == NULL) {
+        missing = "codes";
+    }
+    if (missing != NULL) {
+        return qg_fail(QG_INVALID_ARGUMENT, "%s: expected its %s, got NULL", what, missing);
+    }
+    return QG_SUCCESS;
+}
+
 /* A basis of vectors of length dim; `what` names it. */
 static qg_status check_basis(const char *what, const qg_projector *projector, int64_t dim, const qg_weight *weight) {
-    if (projector->rank < 1 || projector->dim != dim || projector->codes == NULL) {
+    if (projector->rank < 1 || projector->dim != dim) {
         return qg_fail(
             QG_INVALID_ARGUMENT, "%s: expected rank >= 1 vectors of length %lld, got %lld of %lld", what,
             (long long)dim, (long long)projector->rank, (long long)projector->dim);
     }
     qg_status status = qg_check_sizes("R", projector->rank, weight->rows + weight->cols);
-    if (status != QG_SUCCESS) {
-        return status;
-    }
-    switch (projector->format) {
-    case QG_FLOAT32:
-        return QG_SUCCESS;
-    case QG_INT8:
-    case QG_INT4:
-        if (projector->block < 1 || projector->scales == NULL || projector->zeros == NULL) {
-            return qg_fail(
-                QG_INVALID_ARGUMENT, "%s: expected scales, zeros and block >= 1, got %d", what, (int)projector->block);
-        }
-        return QG_SUCCESS;
-    default:
-        return qg_fail(QG_UNSUPPORTED, "%s: format %d holds no basis", what, (int)projector->format);
-    }
+    return status == QG_SUCCESS ? qg_check_projector(what, projector) : status;
 }
 
 static qg_status check_right_basis(const qg_step_task *task, int64_t index) {

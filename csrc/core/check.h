@@ -4,6 +4,9 @@
 
 #include "q_galore.h"
 
+/* A projector that the kernels can read: format, sizes, block, and the arrays that the format has. `what` names it. */
+qg_status qg_check_projector(const char *what, const qg_projector *projector);
+
 /* Sizes that no index arithmetic can overflow. */
 qg_status qg_check_sizes(const char *what, int64_t rows, int64_t cols);
 

@@ -1,4 +1,4 @@
-/* dynamic8.h - the 8-bit dynamic map of the moments: seven decades, each cut into twice as many steps as the one below.
+/* dynamic8.h - the 8-bit dynamic map: seven decades, each cut into twice as many steps as the one below.
  *
  * With A the index of a magnitude and A = 2^e + k, 0 <= k < 2^e, its entry is the float nearest to
  *     10^(e - 6) (0.1 + 0.9 (k + 1/2) / 2^e)    signed,   e = 0..6;  A = 0 is 0, A = 128 is 1;  code = 127 +- A
@@ -15,10 +15,6 @@
 #define QG_CORE_DYNAMIC8_H
 
 #include "core/scalar.h"
-
-#ifndef QG_TABLE /* "static __constant__ const" under nvcc */
-#define QG_TABLE static const
-#endif
 
 typedef struct qg_dynamic_map {
     /* From A to its entry, by the exponent of A modulo 8: n = 9 A + base. */

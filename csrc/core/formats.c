@@ -65,33 +65,8 @@ static qg_status check_int8_weight(const qg_weight *weight) {
 }
 
 static qg_status check_projector(const qg_projector *projector) {
-    qg_status status = check_pointer("projector", projector);
-    if (status == QG_SUCCESS) {
-        status = qg_check_sizes("projector", projector->rank, projector->dim);
-    }
-    if (status != QG_SUCCESS) {
-        return status;
-    }
-    const int empty = projector->rank * projector->dim == 0;
-    switch (projector->format) {
-    case QG_FLOAT32:
-        return empty ? QG_SUCCESS : check_pointer("projector codes", projector->codes);
-    case QG_INT8:
-    case QG_INT4:
-        break;
-    default:
-        return qg_fail(
-            QG_UNSUPPORTED, "projector: expected format FLOAT32 (0), INT8 (16) or INT4 (17), got %d",
-            (int)projector->format);
-    }
-    status = check_block("projector block", projector->block);
-    if (status != QG_SUCCESS || empty) {
-        return status;
-    }
-    if (projector->codes == NULL || projector->scales == NULL || projector->zeros == NULL) {
-        return qg_fail(QG_INVALID_ARGUMENT, "projector: expected codes, scales and zeros, one of them is NULL");
-    }
-    return QG_SUCCESS;
+    const qg_status status = check_pointer("projector", projector);
+    return status == QG_SUCCESS ? qg_check_projector("projector", projector) : status;
 }
 
 static qg_status check_dynamic8(int64_t rows, int64_t cols, int32_t block, int is_signed, const qg_backend *backend) {

@@ -16,6 +16,10 @@
 #define QG_INLINE static inline
 #endif
 
+#ifndef QG_TABLE /* "static __constant__ const" under nvcc */
+#define QG_TABLE static const
+#endif
+
 /* ---------------------------------------------------------------- bits */
 
 QG_INLINE uint32_t qg_bits(float x) {
@@ -89,6 +93,12 @@ QG_INLINE uint16_t qg_to_bfloat16(float x) {
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const uint32_t quiet = (bits >> 16) | 0x40;
     return (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
+
+/* The least bfloat16 not below x > 0, or the largest finite one. */
+QG_INLINE float qg_round_up_bfloat16(float x) {
+    const uint32_t bits = (qg_bits(x) + 0xffff) & 0xffff0000;
+    return qg_float(bits < 0x7f7f0000 ? bits : 0x7f7f0000);
 }
 
 /* Up or down with the probability of the distance; a finite value never becomes infinite. x is the result of an

@@ -271,7 +271,7 @@ static qg_status gemm(
     void *c,
     int64_t c_row_stride) {
     return j->linalg->gemm(
-        j->linalg->context, j->gemm_format, m, n, k, a, a_row_stride, a_col_stride, b, b_row_stride, b_col_stride, c,
+        j->linalg->context, j->gemm_format, 0, m, n, k, a, a_row_stride, a_col_stride, b, b_row_stride, b_col_stride, c,
         c_row_stride);
 }
 

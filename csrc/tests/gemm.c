@@ -16,6 +16,7 @@ static inline double gemm_load(qg_format format, const void *array, int64_t inde
 static qg_status plain_gemm(
     void *context,
     qg_format format,
+    int32_t accumulate,
     int64_t m,
     int64_t n,
     int64_t k,
@@ -35,6 +36,8 @@ static qg_status plain_gemm(
             double sum = 0.0;
             for (int64_t l = 0; l < k; l++)
                 sum += gemm_load(format, a, i * a_row + l * a_col) * gemm_load(format, b, l * b_row + j * b_col);
+            if (accumulate != 0)
+                sum = gemm_load(format, c, i * c_row + j) + accumulate * sum;
             ref_store(format, c, i * c_row + j, (float)sum);
         }
     }
@@ -42,5 +45,13 @@ static qg_status plain_gemm(
 }
 
 qg_linalg ref_linalg(ref_gemm_context *context) {
-    return (qg_linalg){.struct_size = sizeof(qg_linalg), .context = context, .gemm = plain_gemm};
+    return (qg_linalg){
+        .struct_size = sizeof(qg_linalg),
+        .context = context,
+        .gemm = plain_gemm,
+        .potrf = qg_cpu_potrf,
+        .trtri = qg_cpu_trtri,
+        .qr = qg_cpu_qr,
+        .work_size = qg_cpu_work_size,
+    };
 }

@@ -224,23 +224,68 @@ int ref_int8_update(
 
 /* ---------------------------------------------------------------- projector */
 
-void ref_projector(uint8_t *codes, uint16_t *scale, uint8_t *zero, const float *values, int64_t count, int bits) {
-    float lo = 0.0f, hi = 0.0f, top = (float)((1 << bits) - 1), s;
+float ref_projector_entry(qg_format format, int code) {
+    static const double fp4[16] = {-12, -8, -6, -4, -3, -2, -0.0625, 0, 0.0625, 2, 3, 4, 6, 8, 12, 12};
+    static const float nf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+        -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f,
+        0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
+        0.7229568362236023f, 1.0f};
+    int exponent = code >> 3 & 15, mantissa = code & 7;
+    switch (format) {
+    case QG_FP4:
+        return (float)(fp4[code] / 12);
+    case QG_NF4:
+        return nf4[code];
+    case QG_FP8_E4M3:
+        return (code & 128 ? -1.0f : 1.0f) *
+               (float)(exponent ? ldexp(8 + mantissa, exponent - 10) : ldexp(mantissa, -9));
+    default:
+        return ref_entry(1, code);
+    }
+}
+
+/* The nearest entry, found by trying all; of two as near the lower code, for E4M3 the even one with the sign of x. */
+static int projector_encode(qg_format format, float x) {
+    int is_e4m3 = format == QG_FP8_E4M3, first = is_e4m3 && signbit(x) ? 128 : 0, best = first;
+    int count = is_e4m3 ? 127 : format == QG_FP4 ? 15 : format == QG_NF4 ? 16 : 256;
+    for (int code = first; code < first + count; code++) {
+        double distance = fabs((double)ref_projector_entry(format, code) - x);
+        double least = fabs((double)ref_projector_entry(format, best) - x);
+        if (distance < least || (distance == least && is_e4m3 && code % 2 == 0))
+            best = code;
+    }
+    return best;
+}
+
+void ref_projector(
+    uint8_t *codes,
+    uint16_t *scale,
+    uint8_t *zero,
+    const float *values,
+    int64_t count,
+    qg_format format) {
+    int affine = format == QG_INT4 || format == QG_INT8;
+    float lo = 0.0f, hi = 0.0f, top = format == QG_INT4 ? 15 : format == QG_INT8 ? 255 : 1, s;
+    if (format == QG_FP8_E4M3)
+        top = 448;
     for (int64_t i = 0; i < count; i++) {
         lo = fminf(lo, values[i]);
         hi = fmaxf(hi, values[i]);
     }
-    /* The least bfloat16 that is not below the exact float32 scale: try the one below and go up. */
-    float least = fmaxf((hi - lo) / top, 0x1p-100f);
+    /* The least bfloat16 that is not below the exact float32 scale, or the largest: try the one below and go up. */
+    float share = (affine ? hi - lo : fmaxf(hi, -lo)) / top;
+    float least = fmaxf(isinf(share) ? hi / top - lo / top : share, 0x1p-100f);
     uint32_t word;
     memcpy(&word, &least, sizeof word);
     *scale = (uint16_t)(word >> 16);
-    while (ref_load(QG_BFLOAT16, scale, 0) < least)
+    while (ref_load(QG_BFLOAT16, scale, 0) < least && *scale < 0x7f7f)
         ++*scale;
     s = ref_load(QG_BFLOAT16, scale, 0);
-    *zero = (uint8_t)rintf(-lo / s);
+    if (affine)
+        *zero = (uint8_t)rintf(-lo / s);
     for (int64_t i = 0; i < count; i++)
-        codes[i] = (uint8_t)fmax(0.0, fmin(top, rint((double)(values[i] / s)) + *zero));
+        codes[i] = affine ? (uint8_t)fmax(0.0, fmin(top, rint((double)(values[i] / s)) + *zero))
+                          : (uint8_t)projector_encode(format, values[i] / s);
 }
 
 /* ---------------------------------------------------------------- Adam */

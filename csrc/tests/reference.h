@@ -52,7 +52,17 @@ int ref_int8_update(
 
 /* ---------------------------------------------------------------- projector, one block (codes one a byte) */
 
-void ref_projector(uint8_t *codes, uint16_t *scale, uint8_t *zero, const float *values, int64_t count, int bits);
+/* The value of a code in FP4, NF4, FP8_E4M3 or DYNAMIC8. */
+float ref_projector_entry(qg_format format, int code);
+
+/* zero is written for INT4 and INT8 alone. */
+void ref_projector(
+    uint8_t *codes,
+    uint16_t *scale,
+    uint8_t *zero,
+    const float *values,
+    int64_t count,
+    qg_format format);
 
 /* ---------------------------------------------------------------- Adam, one element in float32 */
 

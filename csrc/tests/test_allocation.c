@@ -61,7 +61,8 @@ void *__wrap_mmap(void *address, size_t length, int protection, int flags, int f
 enum { ROWS = 300, COLS = 257, RANK = 16, COUNT = ROWS * COLS, GROUPS = (COUNT + 255) / 256, R_COUNT = RANK * COUNT };
 
 static uint8_t codes[COUNT], exp_avg[COUNT], exp_avg_sq[COUNT], basis[RANK * (ROWS + COLS)], basis_zeros[RANK * 8];
-static float scales[GROUPS], absmax[2][COUNT], gradient[COUNT], decoded[COUNT], scratch[4 * COUNT];
+static float scales[GROUPS], absmax[2][COUNT], gradient[COUNT], decoded[COUNT], scratch[4 * COUNT],
+    subspace_scratch[4 * COUNT];
 static int16_t zeros[GROUPS];
 static uint16_t basis_scales[RANK * 8];
 static int32_t noise[COUNT];
@@ -103,6 +104,22 @@ static void every_call(const qg_backend *backend, int threads) {
     CHECK_OK(qg_galore_step(&task, 1, &params, scratch, sizeof scratch, backend, &linalg));
     CHECK_OK(qg_adam8_scratch_size(&task, 1, &params, backend, &size));
     CHECK_OK(qg_adam8_step(&task, 1, &params, scratch, sizeof scratch, backend));
+    qg_subspace_params steps = {sizeof steps, 0, QG_BFLOAT16};
+    qg_subspace_report report = {.struct_size = sizeof report};
+    double energy;
+    CHECK_OK(qg_subspace_scratch_size(ROWS, COLS, RANK, 2, QG_BFLOAT16, backend, &linalg, &size));
+    CHECK(size <= sizeof subspace_scratch, "%zu bytes of scratch", size);
+    CHECK_OK(qg_subspace_random(decoded, RANK, COLS, 1, 2, 3, subspace_scratch, size, backend, &linalg));
+    CHECK_OK(qg_subspace_refresh(
+        decoded, RANK, gradient, QG_FLOAT32, ROWS, COLS, QG_RIGHT, &steps, &report, subspace_scratch, size, backend,
+        &linalg));
+    CHECK_OK(qg_captured_energy(
+        &energy, gradient, QG_FLOAT32, ROWS, COLS, decoded, RANK, gradient, RANK, QG_BFLOAT16, subspace_scratch, size,
+        backend, &linalg));
+    memset(decoded + RANK * COLS / 2, 0, RANK * COLS * 2); /* dead vectors: Householder QR */
+    CHECK_OK(qg_captured_energy(
+        &energy, gradient, QG_FLOAT32, ROWS, COLS, decoded, RANK, NULL, 0, QG_FLOAT32, subspace_scratch, size, backend,
+        &linalg));
     CHECK(qg_adam8_step(&task, -1, &params, scratch, sizeof scratch, backend) == QG_INVALID_ARGUMENT, "count -1");
 }
 

@@ -116,10 +116,8 @@ static void test_across(qg_format format) {
 
 /* The last vectors of a basis with more than 2^33 elements. */
 static void test_projector(qg_format format) {
-    int64_t rank = 100003, dim = 99991,
-            row_bytes = format == QG_INT4   ? (dim + 1) / 2
-                        : format == QG_INT8 ? dim
-                                            : 4 * dim;
+    int packed = format == QG_INT4 || format == QG_NF4, is_float = format == QG_FLOAT32 || format == QG_BFLOAT16;
+    int64_t rank = 100003, dim = 99991, row_bytes = packed ? (dim + 1) / 2 : dim * (int64_t)ref_size(format);
     int64_t per_row = (dim + 255) / 256, col = dim - 301;
     uint8_t *codes = reserve((size_t)(rank * row_bytes)), *zeros = reserve((size_t)(rank * per_row));
     uint16_t *scales = reserve((size_t)(rank * per_row) * 2);
@@ -131,13 +129,13 @@ static void test_projector(qg_format format) {
                 uint8_t code = (uint8_t)(i * 7 % 16), *place = codes + row * row_bytes + i / 2;
                 scales[block] = 0x3C00;
                 zeros[block] = 5;
-                want[at] = 0x1p-7f * (float)(code - 5);
-                if (format == QG_INT4)
+                want[at] = 0x1p-7f * (format == QG_NF4 ? ref_projector_entry(format, code) : (float)(code - 5));
+                if (packed)
                     *place = (uint8_t)(i % 2 ? (*place & 0x0F) | code << 4 : (*place & 0xF0) | code);
-                else if (format == QG_INT8)
-                    codes[row * row_bytes + i] = code;
+                else if (is_float)
+                    ref_store(format, codes, row * dim + i, want[at]);
                 else
-                    ((float *)codes)[row * dim + i] = want[at];
+                    codes[row * row_bytes + i] = code;
             }
         }
         qg_projector projector = {codes, scales, zeros, rank, dim, 256, format};
@@ -232,6 +230,8 @@ int main(void) {
     test_projector(QG_INT4);
     test_projector(QG_INT8);
     test_projector(QG_FLOAT32);
+    test_projector(QG_BFLOAT16);
+    test_projector(QG_NF4);
     test_adam_and_cast(QG_DYNAMIC8);
     test_adam_and_cast(QG_FLOAT32);
     if (full && check_count(1, 0))

@@ -155,7 +155,7 @@ static void test_projector(void) {
     const qg_projector good = {codes, scales16, zeros8, 4, 16, 8, QG_INT4};
     for (int i = 0; i < 9; i++) {
         static const char *words[9][2] = {{"codes", "NULL"}, {"scales", "NULL"}, {"zeros", "NULL"}, {"projector", "-4"},
-            {"projector", "-16"}, {"block", "0"}, {"block", "-8"}, {"projector", "32"}, {"codes", "NULL"}};
+            {"projector", "-16"}, {"scales", "NULL"}, {"block", "-8"}, {"projector", "2"}, {"codes", "NULL"}};
         qg_projector p = good;
         switch (i) {
         case 0:
@@ -174,13 +174,14 @@ static void test_projector(void) {
             p.dim = -16;
             break;
         case 5:
-            p.block = 0;
+            p.format = QG_NF4;
+            p.scales = NULL;
             break;
         case 6:
             p.block = -8;
             break;
         case 7:
-            p.format = QG_DYNAMIC8;
+            p.format = QG_FLOAT16;
             break;
         default:
             p = (qg_projector){NULL, NULL, NULL, 4, 16, 0, QG_FLOAT32};

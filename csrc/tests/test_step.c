@@ -48,13 +48,15 @@ static qg_moments zero_moments(int64_t rows, int64_t cols, qg_format format, int
 }
 
 static qg_projector random_projector(int64_t rank, int64_t dim, qg_format format, int64_t block) {
-    int64_t count = rank * dim, blocks = rank * blocks_of(dim, block), row = format == QG_INT4 ? (dim + 1) / 2 : dim;
+    int packed = format == QG_INT4 || format == QG_FP4 || format == QG_NF4;
+    int64_t count = rank * dim, blocks = block == 0 ? 1 : rank * blocks_of(dim, block);
+    int64_t row = packed ? (dim + 1) / 2 : dim;
     qg_projector p = {
         guarded((size_t)(rank * row) * ref_size(format), 4), NULL, NULL, rank, dim, (int32_t)block, format};
-    if (format != QG_FLOAT32) {
+    if (format != QG_FLOAT32 && format != QG_BFLOAT16)
         p.scales = guarded((size_t)blocks * 2, 2);
+    if (format == QG_INT4 || format == QG_INT8)
         p.zeros = guarded((size_t)blocks, 1);
-    }
     float *values = guarded((size_t)count * 4, 0);
     for (int64_t i = 0; i < count; i++)
         values[i] = (float)(random_normal() / sqrt((double)dim));
@@ -282,9 +284,10 @@ static void test_galore(int c) {
     int64_t m = shapes[c % SHAPES][0], n = shapes[c % SHAPES][1], rank = shapes[c % SHAPES][2];
     qg_side side = (qg_side)random_below(3);
     int64_t dim = side == QG_RIGHT ? n : m, k = side == QG_RIGHT ? m : side == QG_LEFT ? n : rank;
-    int64_t block = random_below(3) ? BLOCK : 16, basis_block = random_below(3) ? BLOCK : 16;
+    int64_t block = random_below(3) ? BLOCK : 16, basis_block = (int64_t[]){BLOCK, 16, 0}[random_below(3)];
     qg_format basis_format;
-    static const qg_format bases[] = {QG_FLOAT32, QG_INT8, QG_INT4};
+    static const qg_format bases[] = {
+        QG_FLOAT32, QG_INT8, QG_INT4, QG_BFLOAT16, QG_FP8_E4M3, QG_FP4, QG_NF4, QG_DYNAMIC8};
     qg_step_params params = some_params();
     params.norm_growth_limit = random_below(2) ? 1.1 : 0.0;
     qg_step_task task = {.side = side,
@@ -296,7 +299,7 @@ static void test_galore(int c) {
         .bias_step = 1 + random_below(3)};
     task.weight = random_weight(m, n, weight_formats[random_below(4)], random_below(3) ? BLOCK : 48);
     task.moments = zero_moments(rank, k, random_below(2) ? QG_DYNAMIC8 : QG_FLOAT32, block);
-    basis_format = bases[random_below(3)];
+    basis_format = bases[random_below(8)];
     task.projector = random_projector(rank, dim, basis_format, basis_block);
     if (side == QG_FULL)
         task.right_projector = random_projector(rank, n, basis_format, basis_block);

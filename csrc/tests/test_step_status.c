@@ -168,8 +168,8 @@ static void test_tasks(void) {
     WRONG_TASK(t->projector.codes = NULL, 1, QG_INVALID_ARGUMENT, "projector 1");
     WRONG_TASK(t->projector.scales = NULL, 1, QG_INVALID_ARGUMENT, "scales");
     WRONG_TASK(t->projector.zeros = NULL, 1, QG_INVALID_ARGUMENT, "zeros");
-    WRONG_TASK(t->projector.block = 0, 1, QG_INVALID_ARGUMENT, "block");
-    WRONG_TASK(t->projector.format = QG_DYNAMIC8, 1, QG_UNSUPPORTED, "format 32");
+    WRONG_TASK(t->projector.block = -1, 1, QG_INVALID_ARGUMENT, "block");
+    WRONG_TASK(t->projector.format = QG_FLOAT16, 1, QG_UNSUPPORTED, "format 2");
     WRONG_TASK(
         both_sides(t)->projector.dim = COLS, 1, QG_INVALID_ARGUMENT, "projector 1: expected rank >= 1 vectors of");
     WRONG_TASK(both_sides(t)->right_projector.dim = ROWS, 1, QG_INVALID_ARGUMENT, "right_projector 1");

@@ -43,12 +43,15 @@ class QGaLoreAdamW8bit(Optimizer):
     Args:
         params: parameters, named parameters or groups. Besides ``lr, betas, eps, weight_decay, moments_dtype,
             stochastic_round`` a group takes ``rank`` and with it ``update_proj_gap`` (200), ``scale`` (0.25),
-            ``proj_type`` ("std", "reverse_std", "right", "left" or "full"), ``proj_format`` ("int4") and ``proj_block``
-            or ``quant, quant_n_bit, quant_group_size``, ``subspace`` ("warm", "svd" or "random"), ``lazy_rule``
-            ("energy", "upstream" or "fixed") with ``energy_threshold`` (0.85) or ``cos_threshold`` (0.4),
-            ``gamma_proj`` (2), ``queue_size`` (5) and ``max_proj_gap`` (16 gaps), ``moments`` ("keep", "rotate" or
-            "reset") and ``norm_growth_limit`` (None). A weight of more than two dimensions is projected as the matrix
-            that :func:`q_galore_torch.subspace.matrix_shape` names.
+            ``proj_type`` ("std", "reverse_std", "right", "left" or "full"), ``proj_format`` ("int4"; "int8", "fp8",
+            "fp8_e4m3", "fp4", "nf4", "bfloat16", "float32") and ``proj_block`` (256, for fp4 and nf4 64; 0: one scale
+            for the whole basis), or in their place ``quant, quant_n_bit, quant_group_size`` or ``quantize_type``
+            ("4bit", "8bit", "8bit_blockwise", None) and ``quantize_blocksz``, also spelt ``proj_quantize_...``,
+            ``subspace`` ("warm", "svd" or "random"), ``lazy_rule`` ("energy", "upstream" or "fixed") with
+            ``energy_threshold`` (0.85) or ``cos_threshold`` (0.4), ``gamma_proj`` (2), ``queue_size`` (5) and
+            ``max_proj_gap`` (16 gaps), ``moments`` ("keep", "rotate" or "reset") and ``norm_growth_limit`` (None). A
+            weight of more than two dimensions is projected as the matrix that
+            :func:`q_galore_torch.subspace.matrix_shape` names.
         lr: learning rate, default 1e-3; a number or a tensor of one element.
         betas: decay rates of the moments, default (0.9, 0.999).
         eps: added to the root of the second moment, default 1e-8.

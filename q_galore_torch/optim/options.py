@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from q_galore_torch.ops import PROJ_FORMATS
 from q_galore_torch.subspace import PROJ_TYPES
 
 _log = logging.getLogger(__name__)
@@ -126,9 +127,14 @@ def _or_none(check: Check) -> Check:
     return lambda key, value: None if value is None else check(key, value)
 
 
-_FORMATS_LATER = {name: "is not implemented yet" for name in ("bfloat16", "fp8", "fp8_e4m3", "fp4", "nf4")}
 _int32 = 2**31 - 1
 _GAPS = 16  # the longest gap, in gaps
+
+
+def _proj_block(key: str, value: Any) -> int | None:
+    """Elements that share a scale, 0 for the whole tensor; None stands for the format's default."""
+    return None if value is None else number(0, _int32, "an integer >= 0", integer=True)(key, value)
+
 
 # Options of every group; the constructor gives their defaults.
 COMMON: dict[str, Option] = {
@@ -160,8 +166,8 @@ PROJECTED: dict[str, Option] = {
     "update_proj_gap": Option(200, number(1, _int32, "an integer >= 1", integer=True)),
     "scale": Option(0.25, number(-math.inf, math.inf, "a finite number", open_ends="low high")),
     "proj_type": Option("std", choice(*PROJ_TYPES)),
-    "proj_format": Option("int4", choice("float32", "int8", "int4", later=_FORMATS_LATER)),
-    "proj_block": Option(256, number(1, _int32, "an integer >= 1", integer=True)),
+    "proj_format": Option("int4", choice(*PROJ_FORMATS)),
+    "proj_block": Option(None, _proj_block),
     "subspace": Option("warm", _subspace),
     "lazy_rule": Option("energy", _lazy_rule),
     "energy_threshold": Option(0.85, number(0.0, 1.0, "a number in (0, 1]", open_ends="low")),
@@ -172,12 +178,16 @@ PROJECTED: dict[str, Option] = {
     "moments": Option("keep", choice("keep", "rotate", "reset")),
     "norm_growth_limit": Option(None, _or_none(number(1.0, math.inf, "a number >= 1 or None", open_ends="high"))),
 }
+# Other projects' names of proj_format and proj_block: the public Q-GaLore's, and the two spellings of the hpml fork of
+# GaLore. "8bit" there is one scale for the whole tensor, whatever the block size says.
 _UPSTREAM_QUANT: dict[str, Option] = {
     "quant": Option(True, boolean),
     "quant_n_bit": Option(4, choice(4, 8)),
-    "quant_group_size": Option(256, number(1, _int32, "an integer >= 1", integer=True)),
+    "quant_group_size": Option(None, _proj_block),
 }
-_HPML = ("quantize_type", "quantize_blocksz", "proj_quantize_type", "proj_quantize_blocksz")
+_QUANTIZE_TYPES = {None: ("float32", 0), "4bit": ("fp4", 64), "8bit": ("fp8", 0), "8bit_blockwise": ("fp8", 4096)}
+_HPML = (("quantize_type", "quantize_blocksz"), ("proj_quantize_type", "proj_quantize_blocksz"))
+_FORMAT_KEYS = (("proj_format", "proj_block"), tuple(_UPSTREAM_QUANT), *_HPML)
 _CHANGING = ("lr", "betas", "eps", "weight_decay")
 # Keys that torch, its schedulers and its users put into groups; they are passed through.
 _PASSED = {
@@ -206,7 +216,7 @@ def check_constructor(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group with canonical options: upstream's quantisation keys become ``proj_format`` and ``proj_block``.
+    """A parameter group with canonical options: other projects' format keys become ``proj_format`` and ``proj_block``.
 
     Args:
         group: the user's group.
@@ -254,25 +264,13 @@ def _refuse_unknown(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
             continue  # a group that was taken from an optimizer
         if key in GLOBAL:
             raise ValueError(f"{key} is an option of the constructor, not of a group (got {value!r})")
-        if not any(key in known for known in (COMMON, PROJECTED, _UPSTREAM_QUANT, _HPML)):
-            known_keys = sorted((*COMMON, *PROJECTED, *_UPSTREAM_QUANT))
+        known_keys = sorted({*COMMON, *PROJECTED, *(name for kind in _FORMAT_KEYS for name in kind)})
+        if key not in known_keys:
             raise ValueError(f"unknown group option {key}={value!r}; allowed: {', '.join(known_keys)}")
 
 
 def _check_projected(options: dict[str, Any]) -> dict[str, Any]:
-    for key in _HPML:
-        if options.pop(key, None) is not None:
-            raise ValueError(f"{key} asks for a floating-point projector format, which is not implemented yet")
-    upstream = {key: options.pop(key) for key in _UPSTREAM_QUANT if key in options}
-    ours = [key for key in ("proj_format", "proj_block") if key in options]
-    if upstream and ours:
-        raise ValueError(
-            f"{next(iter(upstream))} and {ours[0]} describe the projector's format twice; give one kind of keys only"
-        )
-    if upstream:
-        quant = {key: option.check(key, upstream.get(key, option.default)) for key, option in _UPSTREAM_QUANT.items()}
-        options["proj_format"] = f"int{quant['quant_n_bit']}" if quant["quant"] else "float32"
-        options["proj_block"] = quant["quant_group_size"]
+    options["proj_format"], options["proj_block"] = _projector_format(options)
     checked = {key: option.check(key, options.get(key, option.default)) for key, option in PROJECTED.items()}
     longest = checked["max_proj_gap"]
     if longest is not None and longest < checked["update_proj_gap"]:
@@ -294,3 +292,30 @@ def longest_gap(group: Mapping[str, Any]) -> int:
 @lru_cache
 def _warn_once(message: str) -> None:
     _log.warning(message)
+
+
+def _projector_format(options: dict[str, Any]) -> tuple[str, int]:
+    """proj_format and proj_block from whichever names were given; those are taken out of the options."""
+    given = [{key: options.pop(key) for key in kind if key in options} for kind in _FORMAT_KEYS]
+    named = [next(iter(keys)) for keys in given if keys]
+    if len(named) > 1:
+        raise ValueError(f"{named[0]} and {named[1]} describe the projector's format twice; give one kind of keys only")
+    ours, upstream, *hpml = given
+    name, block = (PROJECTED[key].check(key, ours.get(key, PROJECTED[key].default)) for key in _FORMAT_KEYS[0])
+    if upstream:
+        quant = {key: option.check(key, upstream.get(key, option.default)) for key, option in _UPSTREAM_QUANT.items()}
+        name, block = f"int{quant['quant_n_bit']}" if quant["quant"] else "float32", quant["quant_group_size"]
+    for (type_key, block_key), keys in zip(_HPML, hpml, strict=True):
+        if keys:
+            name, block = _hpml_format(keys, type_key, block_key)
+    if block is None or name in ("float32", "bfloat16"):
+        block = 64 if name in ("fp4", "nf4") else 256
+    return name, block
+
+
+def _hpml_format(keys: Mapping[str, Any], type_key: str, block_key: str) -> tuple[str, int]:
+    if type_key not in keys:
+        raise ValueError(f"{block_key}={keys[block_key]!r} needs {type_key}: {_listed(tuple(_QUANTIZE_TYPES))}")
+    block = _proj_block(block_key, keys.get(block_key))
+    name, default = _QUANTIZE_TYPES[choice(*_QUANTIZE_TYPES)(type_key, keys[type_key])]
+    return name, default if block is None or default == 0 else block

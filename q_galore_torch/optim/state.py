@@ -225,7 +225,10 @@ def _new_subspace(target: Target, group: dict[str, Any], id: int, number: int, d
 
 def empty_projector(rank: int, dim: int, group: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """The storage of a projector that decodes to zeros."""
-    return ops.projector_quantize(torch.zeros(rank, dim), group["proj_format"], group["proj_block"])
+    unread = torch.empty(rank, dim, device="meta")
+    parts = ops.projector_quantize(unread, group["proj_format"], group["proj_block"])
+    codes, scales, zeros = (torch.zeros_like(part, device="cpu") for part in parts)
+    return codes, scales, zeros
 
 
 def checked_groups(state_dict: Any) -> list[dict[str, Any]]:

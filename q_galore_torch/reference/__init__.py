@@ -2,7 +2,7 @@
 
 Slow and obvious on purpose: each function states one formula, and the compiled kernels are tested against it. Names,
 arguments and results are those of ``ops``. Arithmetic is float32 in the order written, as in the kernels, so codes are
-equal bit for bit; the GEMMs of :func:`galore_step_` are only close.
+equal bit for bit; the GEMMs of :func:`galore_step_` and of the subspaces are only close.
 
 Sources: Q-GaLore (arXiv 2407.08296), GaLore (arXiv 2403.03507), 8-bit optimizers (arXiv 2110.02861).
 """
@@ -16,13 +16,16 @@ from q_galore_torch.reference.formats import (
     int8_quantize,
     noise,
     projector_dequantize,
+    projector_map,
     projector_quantize,
 )
 from q_galore_torch.reference.steps import adam8_step_, galore_step_
+from q_galore_torch.reference.subspace import captured_energy, subspace_random, subspace_refresh
 
 __all__ = [
     "absmax",
     "adam8_step_",
+    "captured_energy",
     "dynamic8_dequantize",
     "dynamic8_quantize",
     "dynamic_map",
@@ -31,5 +34,8 @@ __all__ = [
     "int8_quantize",
     "noise",
     "projector_dequantize",
+    "projector_map",
     "projector_quantize",
+    "subspace_random",
+    "subspace_refresh",
 ]

@@ -129,37 +129,83 @@ def int8_dequantize(codes: Tensor, scales: Tensor, zeros: Tensor, group_size: in
 # ---------------------------------------------------------------- projector
 
 
+_FP4_MAGNITUDES = [Fraction(n, 12) for n in (0, Fraction(1, 16), 2, 3, 4, 6, 8, 12)]
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_TOP_CODES = {"int8": 255, "int4": 15}
+_TOP_ENTRIES = {"fp8": 1.0, "fp8_e4m3": 448.0, "fp4": 1.0, "nf4": 1.0}
+_PACKED = ("int4", "fp4", "nf4")
+
+
+@lru_cache(maxsize=4)
+def projector_map(proj_format: str) -> Tensor:
+    """What each code of a format without zero points stands for, float32.
+
+    ``"fp8"`` is :func:`dynamic_map`; ``"fp8_e4m3"`` torch's float8_e4m3fn; ``"fp4"`` the 15 values of bitsandbytes' FP4
+    and ``"nf4"`` the 16 of QLoRA (arXiv 2305.14314, appendix E), ascending.
+    """
+    if proj_format == "fp8":
+        return dynamic_map(True)
+    if proj_format == "fp8_e4m3":
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    if proj_format == "nf4":
+        return torch.tensor(_NF4, dtype=torch.float64).float()
+    values = sorted({sign * x for x in _FP4_MAGNITUDES for sign in (-1, 1)})
+    return torch.tensor([float(x) for x in values], dtype=torch.float64).float()
+
+
 def projector_quantize(basis: Tensor, proj_format: str, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Encode basis vectors, one a row.
 
     Args:
         basis: float32 [r, d], finite.
-        proj_format: ``"float32"``, ``"int8"`` or ``"int4"``.
-        block: elements of a row that share a scale; the last block of a row may be short.
+        proj_format: ``"float32"``, ``"bfloat16"``, ``"int8"``, ``"int4"``, ``"fp8"``, ``"fp8_e4m3"``, ``"fp4"`` or
+            ``"nf4"``.
+        block: elements of a row that share a scale; the last block of a row may be short. 0: all [r, d] share one.
 
     Returns:
-        codes (float32 [r, d]; uint8 [r, d]; uint8 [r, ceil(d / 2)], even columns in the low nibble),
-        scales bfloat16 [r, ceil(d / block)], zero points uint8 [r, ceil(d / block)] (both empty for float32).
+        codes (float32 or bfloat16 [r, d]; uint8 [r, d]; 4 bits: uint8 [r, ceil(d / 2)], even columns in the low
+        nibble), scales bfloat16 [r, ceil(d / block)] or [1, 1] (empty for float32, bfloat16), zero points uint8 of the
+        scales' shape (empty unless int8 or int4).
     """
-    if proj_format == "float32":
-        return basis.clone(), torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.uint8)
+    no_scales, no_zeros = torch.empty(0, dtype=torch.bfloat16), torch.empty(0, dtype=torch.uint8)
     if not torch.isfinite(basis).all():
         raise ValueError("projector_quantize: basis must be finite, got a NaN or an infinity")
-    top = _top_code(proj_format)
+    if proj_format in ("float32", "bfloat16"):
+        return basis.to(getattr(torch, proj_format), copy=True), no_scales, no_zeros
+    _check_format(proj_format)
     rows, dim = basis.shape
+    affine = proj_format in _TOP_CODES
+    blocks = (dim + block - 1) // block if block else 1
     codes = torch.empty(rows, dim, dtype=torch.uint8)
-    blocks = (dim + block - 1) // block
-    scales = torch.empty(rows, blocks, dtype=torch.bfloat16)
-    zeros = torch.empty(rows, blocks, dtype=torch.uint8)
-    for b in range(blocks):
-        part = basis[:, b * block : (b + 1) * block]
-        low, high = part.amin(1).clamp(max=0.0), part.amax(1).clamp(min=0.0)
-        scale = _round_up_bfloat16(((high - low) / top).clamp(min=2.0**-100))
-        zero = torch.round(-low / scale.float())
-        code = torch.round(part / scale.float()[:, None]) + zero[:, None]
-        codes[:, b * block : (b + 1) * block] = code.clamp(0, top).to(torch.uint8)
-        scales[:, b], zeros[:, b] = scale, zero.to(torch.uint8)
-    return (_pack4(codes) if proj_format == "int4" else codes), scales, zeros
+    scales = torch.zeros(rows if block else 1, blocks, dtype=torch.bfloat16)
+    zeros = torch.zeros(scales.shape, dtype=torch.uint8) if affine else no_zeros
+    for b in range(blocks if basis.numel() else 0):
+        here = slice(b * block, (b + 1) * block) if block else slice(None)
+        part = basis[:, here]
+        shared = part if block else part.reshape(1, -1)
+        low, high = shared.amin(1, keepdim=True).clamp(max=0.0), shared.amax(1, keepdim=True).clamp(min=0.0)
+        if affine:
+            top = _TOP_CODES[proj_format]
+            needed = torch.where(torch.isinf(high - low), high / top - low / top, (high - low) / top)
+        else:
+            needed = torch.maximum(-low, high) / _TOP_ENTRIES[proj_format]
+        scale = _round_up_bfloat16(needed.clamp(min=2.0**-100))
+        scales[:, b] = scale[:, 0]
+        if affine:
+            zero = torch.round(-low / scale.float())
+            zeros[:, b] = zero[:, 0].to(torch.uint8)
+            code = (torch.round(part / scale.float()) + zero).clamp(0, top).to(torch.uint8)
+        elif proj_format == "fp8_e4m3":
+            code = (part / scale.float()).to(torch.float8_e4m3fn).view(torch.uint8)
+        else:
+            code = _nearest(part / scale.float(), projector_map(proj_format))
+        codes[:, here] = code
+    return (_pack4(codes) if proj_format in _PACKED else codes), scales, zeros
 
 
 def projector_dequantize(
@@ -171,26 +217,33 @@ def projector_dequantize(
     dim: int,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Decode basis vectors [r, dim]: ``scale * (code - zero point)`` in float32, rounded to ``dtype``."""
-    if proj_format == "float32":
+    """Decode basis vectors [r, dim] in float32, rounded to ``dtype``.
+
+    ``scale * (code - zero point)`` for int8 and int4, ``scale * map[code]`` for the other formats with scales.
+    """
+    if proj_format in ("float32", "bfloat16"):
         return codes.to(dtype)
-    _top_code(proj_format)
-    values = _unpack4(codes, dim) if proj_format == "int4" else codes
-    index = torch.arange(dim) // block
-    return (scales.float()[:, index] * (values.int() - zeros.int()[:, index]).float()).to(dtype)
+    _check_format(proj_format)
+    values = _unpack4(codes, dim) if proj_format in _PACKED else codes
+    index = torch.arange(dim) // block if block else torch.zeros(dim, dtype=torch.int64)
+    if proj_format in _TOP_CODES:
+        steps = (values.int() - zeros.int()[:, index]).float()
+    else:
+        steps = projector_map(proj_format)[values.int()]
+    return (scales.float()[:, index] * steps).to(dtype)
 
 
-def _top_code(proj_format: str) -> int:
-    tops = {"int8": 255, "int4": 15}
-    if proj_format not in tops:
-        raise ValueError(f"proj_format must be 'float32', 'int8' or 'int4', got {proj_format!r}")
-    return tops[proj_format]
+def _check_format(proj_format: str) -> None:
+    if proj_format not in _TOP_CODES and proj_format not in _TOP_ENTRIES:
+        known = ", ".join(("float32", "bfloat16", *_TOP_CODES, *_TOP_ENTRIES))
+        raise ValueError(f"proj_format must be one of {known}, got {proj_format!r}")
 
 
 def _round_up_bfloat16(x: Tensor) -> Tensor:
-    """The smallest bfloat16 not below x > 0."""
+    """The smallest bfloat16 not below x > 0, or the largest finite one."""
     bits = x.view(torch.int32)
-    return ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
+    up = ((bits + 0xFFFF) & ~0xFFFF).clamp(max=0x7F7F0000)
+    return up.view(torch.float32).to(torch.bfloat16)
 
 
 def _pack4(codes: Tensor) -> Tensor:
@@ -221,9 +274,9 @@ def dynamic_map(signed: bool) -> Tensor:
     return torch.tensor([float(v) for v in sorted(entries)], dtype=torch.float64).to(torch.float32)
 
 
-def _encode(x: Tensor, signed: bool) -> Tensor:
-    """The nearest entry of each float32 element, ties to the lower code (midpoints are exact in float64)."""
-    table = dynamic_map(signed).double()
+def _nearest(x: Tensor, entries: Tensor) -> Tensor:
+    """The nearest of ascending entries for each element, ties to the lower code (midpoints are exact in float64)."""
+    table = entries.double()
     return torch.searchsorted((table[:-1] + table[1:]) / 2, x.double().contiguous()).to(torch.uint8)
 
 
@@ -252,7 +305,7 @@ def dynamic8_quantize(x: Tensor, signed: bool, block: int = 256) -> tuple[Tensor
     for b in range(absmax.shape[1]):
         part = x[:, b * block : (b + 1) * block]
         absmax[:, b] = part.abs().amax(1)
-        codes[:, b * block : (b + 1) * block] = _encode(_normalise(part, absmax[:, b : b + 1]), signed)
+        codes[:, b * block : (b + 1) * block] = _nearest(_normalise(part, absmax[:, b : b + 1]), dynamic_map(signed))
     return codes, absmax
 
 

@@ -1,0 +1,120 @@
+// subspace.cpp - the ops that compute bases and judge them.
+#include <climits>
+
+#include "common.h"
+
+namespace qg {
+namespace {
+
+qg_format compute_format(const char *op, int64_t format) {
+    if (format != QG_FLOAT32 && format != QG_BFLOAT16) {
+        refuse({op, "compute_format"}, "0 (float32) or 1 (bfloat16)", std::to_string(format));
+    }
+    return static_cast<qg_format>(format);
+}
+
+Tensor bytes_of(size_t bytes) {
+    const int64_t size[] = {static_cast<int64_t>(bytes)};
+    return torch::stable::empty({size, 1}, ScalarType::Byte);
+}
+
+Tensor doubles(int64_t count) {
+    const int64_t size[] = {count};
+    return torch::stable::empty({size, static_cast<size_t>(count > 0)}, ScalarType::Double);
+}
+
+} // namespace
+
+std::tuple<Tensor, Tensor> subspace_refresh(
+    const Tensor &gradient,
+    const Tensor &basis,
+    int64_t side,
+    int64_t steps,
+    int64_t format) {
+    const char *op = "subspace_refresh";
+    if (side != QG_RIGHT && side != QG_LEFT) {
+        refuse({op, "side"}, "0 (right) or 1 (left)", std::to_string(side));
+    }
+    if (steps < 0 || steps > INT_MAX) {
+        refuse({op, "steps"}, "from 0 to 2147483647", std::to_string(steps));
+    }
+    check_tensor({op, "gradient"}, gradient, FLOATS, {-1, -1});
+    const int64_t rows = gradient.size(0), cols = gradient.size(1);
+    check_tensor({op, "basis"}, basis, {ScalarType::Float}, {-1, side == QG_RIGHT ? cols : rows});
+    const int64_t rank = basis.size(0);
+
+    const qg_subspace_params params = {sizeof params, static_cast<int32_t>(steps), compute_format(op, format)};
+    qg_subspace_report report = {};
+    report.struct_size = sizeof report;
+    size_t bytes = 0;
+    check_status(
+        op, qg_subspace_scratch_size(rows, cols, rank, 1, params.gemm_format, backend(), torch_linalg(), &bytes));
+    const Tensor scratch = bytes_of(bytes);
+    Tensor found = torch::stable::clone(basis);
+    check_status(
+        op, qg_subspace_refresh(
+                static_cast<float *>(found.data_ptr()), rank, gradient.data_ptr(), float_format(gradient), rows, cols,
+                static_cast<qg_side>(side), &params, &report, scratch.data_ptr(), bytes, backend(), torch_linalg()));
+    const Tensor numbers = doubles(5);
+    double *out = static_cast<double *>(numbers.data_ptr());
+    out[0] = report.kept;
+    out[1] = report.power_steps;
+    out[2] = report.fallbacks;
+    out[3] = report.energy_old;
+    out[4] = report.energy_new;
+    return {found, numbers};
+}
+
+Tensor subspace_random(int64_t rank, int64_t dim, int64_t seed, int64_t id, int64_t draw) {
+    const char *op = "subspace_random";
+    if (id < 0 || id > UINT32_MAX) {
+        refuse({op, "id"}, "in 32 bits", std::to_string(id));
+    }
+    if (draw < 0 || draw > UINT32_MAX) {
+        refuse({op, "draw"}, "in 32 bits", std::to_string(draw));
+    }
+    if (rank < 0 || rank > dim) {
+        refuse({op, "rank"}, "from 0 to dim = " + std::to_string(dim), std::to_string(rank));
+    }
+    size_t bytes = 0;
+    check_status(op, qg_subspace_scratch_size(1, dim, rank, 1, QG_FLOAT32, backend(), torch_linalg(), &bytes));
+    const Tensor scratch = bytes_of(bytes);
+    const int64_t size[] = {rank, dim};
+    const Tensor basis = torch::stable::empty({size, 2}, ScalarType::Float);
+    check_status(
+        op,
+        qg_subspace_random(
+            static_cast<float *>(basis.data_ptr()), rank, dim, static_cast<uint64_t>(seed), static_cast<uint32_t>(id),
+            static_cast<uint32_t>(draw), scratch.data_ptr(), bytes, backend(), torch_linalg()));
+    return basis;
+}
+
+Tensor captured_energy(const Tensor &gradient, const Tensor &right, const Tensor &left, int64_t format) {
+    const char *op = "captured_energy";
+    check_tensor({op, "gradient"}, gradient, FLOATS, {-1, -1});
+    const int64_t rows = gradient.size(0), cols = gradient.size(1);
+    int64_t right_rank = 0, left_rank = 0;
+    if (right.numel() > 0) {
+        check_tensor({op, "right"}, right, {ScalarType::Float}, {-1, cols});
+        right_rank = right.size(0);
+    }
+    if (left.numel() > 0) {
+        check_tensor({op, "left"}, left, {ScalarType::Float}, {-1, rows});
+        left_rank = left.size(0);
+    }
+    const qg_format gemm_format = compute_format(op, format);
+    const int64_t rank = right_rank > left_rank ? right_rank : left_rank;
+    const int32_t sides = right_rank > 0 && left_rank > 0 ? 2 : 1;
+    size_t bytes = 0;
+    check_status(op, qg_subspace_scratch_size(rows, cols, rank, sides, gemm_format, backend(), torch_linalg(), &bytes));
+    const Tensor scratch = bytes_of(bytes);
+    const Tensor energy = doubles(0);
+    check_status(
+        op, qg_captured_energy(
+                static_cast<double *>(energy.data_ptr()), gradient.data_ptr(), float_format(gradient), rows, cols,
+                static_cast<const float *>(right.data_ptr()), right_rank, static_cast<const float *>(left.data_ptr()),
+                left_rank, gemm_format, scratch.data_ptr(), bytes, backend(), torch_linalg()));
+    return energy;
+}
+
+} // namespace qg
