@@ -55,6 +55,7 @@ build: $(STAMPS)/installed $(STAMPS)/built
 bench: $(STAMPS)/plot $(STAMPS)/built
 	$(PY) benchmarks/bench_kernels.py
 	$(PY) benchmarks/bench_step.py
+	$(PY) benchmarks/projector_error.py
 
 ctest:
 	$(MAKE) -C csrc/tests run
