@@ -56,6 +56,7 @@ bench: $(STAMPS)/plot $(STAMPS)/built
 	$(PY) benchmarks/bench_kernels.py
 	$(PY) benchmarks/bench_step.py
 	$(PY) benchmarks/bench_refresh.py
+	$(PY) benchmarks/projector_error.py
 
 ctest:
 	$(MAKE) -C csrc/tests run
