@@ -1,7 +1,7 @@
 """Bases and their schedule: orthonormality on every kind of gradient, captured energy, orientation, the stagger.
 
-The numbers are compared with float64 formulas (torch.linalg.svd, torch.linalg.qr, exact power iteration), the refresh as
-a whole with its definition in plain PyTorch run in float64.
+The numbers are compared with float64 formulas (torch.linalg.svd, torch.linalg.qr, exact power iteration), the refresh
+as a whole with its definition in plain PyTorch run in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from q_galore_torch.subspace import LEFT, RIGHT
 
 SIDES = [RIGHT, LEFT]
 DTYPES = ["float32", "bfloat16"]
-# Three steps from a random start, over the SVD's energy: 0.989 to 0.991 on i^-0.5 at d / 8 (12 seeds), more when steeper.
+# Three steps from a random start, over the SVD's energy: 0.989 to 0.991 on i^-0.5 at d / 8 (12 seeds), more if steeper.
 COLD_SHARE = 0.988
 
 
