@@ -25,19 +25,28 @@ TYPES = ["std", "reverse_std", "right", "left", "full"]
 PLAIN = dict(lr=0.01, update_proj_gap=20, proj_format="float32", moments_dtype="float32", lazy_rule="fixed")
 
 
+def plain(proj_type: str, **options: Any) -> dict[str, Any]:
+    """Options whose results float64 can follow.
+
+    Between exact singular vectors of both sides R is diagonal: Adam makes unit steps of the rounding errors beside the
+    diagonal, in which no two machines agree. So both sides are projected on random bases here.
+    """
+    return {**PLAIN, "proj_type": proj_type, "subspace": "random" if proj_type == "full" else "warm", **options}
+
+
 def fifty_steps(
     weight: nn.Parameter, opt: qg.QGaLoreAdamW8bit, gradients: list[Tensor], cut: int = 1
 ) -> tuple[float, int]:
     """The distance from float64 after all steps relative to the way gone, and how many bases were used."""
-    plain, start = Reference(weight, opt.param_groups[0], cut), weight.detach().double().clone()
+    reference, start = Reference(weight, opt.param_groups[0], cut), weight.detach().double().clone()
     used = set()
     for gradient in gradients:
         weight.grad = gradient
         opt.step()
         bases = decoded_bases(opt, weight)
         used.add(tuple(basis.sum().item() for basis in bases.values()))
-        plain.step(gradient, bases)
-    return ((weight.double() - plain.weight).norm() / (plain.weight - start).norm()).item(), len(used)
+        reference.step(gradient, bases)
+    return ((weight.double() - reference.weight).norm() / (reference.weight - start).norm()).item(), len(used)
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -46,7 +55,7 @@ def fifty_steps(
 def test_fifty_steps_agree_with_float64(shape: str, proj_type: str, weight_decay: float) -> None:
     rows, cols = SHAPES[shape]
     weight = nn.Parameter(0.02 * torch.randn(rows, cols))
-    opt = optimizer(weight, proj_type=proj_type, weight_decay=weight_decay, **PLAIN)
+    opt = optimizer(weight, weight_decay=weight_decay, **plain(proj_type))
     right, left = (rows >= cols) == (proj_type == "std"), (rows < cols) == (proj_type == "std")
     expected = {"right": {"right"}, "left": {"left"}, "full": {"left", "right"}}
     sides = expected.get(proj_type, {"right"} if right else {"left"} if left else set())
@@ -62,7 +71,10 @@ def test_fifty_steps_agree_with_float64(shape: str, proj_type: str, weight_decay
 def test_ranks_up_to_and_beyond_the_shorter_side(shape: tuple[int, int], rank: int, proj_type: str) -> None:
     """The rank is clipped to min(m, n); a basis that spans its whole space is never refreshed."""
     weight = nn.Parameter(0.02 * torch.randn(shape))
-    opt = optimizer(weight, rank=rank, proj_type=proj_type, **{**PLAIN, "update_proj_gap": 3})
+    options = plain(proj_type, update_proj_gap=3)
+    if rank == 1:  # R has nothing beside its diagonal, and is no small difference of large numbers
+        options["subspace"] = "svd"
+    opt = optimizer(weight, rank=rank, **options)
     assert opt.state[weight]["exp_avg"].shape[0] == min(rank, 24)
     error, bases = fifty_steps(weight, opt, low_rank_stream(*shape, 10))
     assert error <= 1e-5
@@ -87,7 +99,7 @@ def test_weights_of_more_dimensions_are_projected_as_matrices(
 ) -> None:
     assert subspace.matrix_shape(shape) == matrix
     weight = nn.Parameter(0.02 * torch.randn(shape))
-    opt = optimizer(weight, rank=6, proj_type=proj_type, **{**PLAIN, "update_proj_gap": 5})
+    opt = optimizer(weight, rank=6, **plain(proj_type, update_proj_gap=5))
     gradients = [gradient.view(shape) for gradient in low_rank_stream(*matrix, 50)]
     error, bases = fifty_steps(weight, opt, gradients, cut)
     assert error <= 1e-5 and bases == 10 and weight.shape == shape
@@ -111,7 +123,7 @@ def test_the_norm_of_the_update_grows_by_the_limit_at_most(proj_type: str, limit
     """Gradients whose size swings by factors of a hundred: only a limit that is never reached changes nothing."""
     weight = nn.Parameter(0.02 * torch.randn(48, 32))
     twin = nn.Parameter(weight.detach().clone())
-    options = {**PLAIN, "proj_type": proj_type, "weight_decay": 0.0}
+    options = plain(proj_type, weight_decay=0.0)
     opt = optimizer(weight, norm_growth_limit=limit, **options)
     unlimited = optimizer(twin, **options)
     swing = [10.0 ** (2 * math.sin(step)) for step in range(50)]
@@ -157,7 +169,7 @@ def test_every_projector_format_agrees_with_float64_of_the_same_codes(proj_forma
         weight.grad = gradient
         opt.step()
         basis = decoded_basis(opt, weight)
-        plain.step(gradient, basis, right=True)
+        plain.step(gradient, {"right": basis})
         gram = basis.double() @ basis.double().t()
         assert (gram - torch.eye(16)).abs().max() < (0.25 if "4" in proj_format else 0.05), "not the basis"
     error = (weight.double() - plain.weight).norm() / (plain.weight - start).norm()
