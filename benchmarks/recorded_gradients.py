@@ -1,7 +1,7 @@
 """Records the gradients of a training run, then holds bases, projector formats and the energy rule to exact SVDs.
 
     python benchmarks/recorded_gradients.py record FOLDER [--model llama|gpt]
-    python benchmarks/recorded_gradients.py analyse FOLDER [--part bases|formats|similarity|rule]
+    python benchmarks/recorded_gradients.py analyse FOLDER [--model llama|gpt] [--rank R] [--part PART]
     python benchmarks/recorded_gradients.py tables [--write]
 
 ``record`` trains as subspace_runs.py does, with full gradients, and keeps those of all projected matrices in float32 at
@@ -39,26 +39,28 @@ MULTIPLES = (1, 2, 5, 10)  # of it: the gaps at which chains of warm bases are f
 THRESHOLDS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 QUEUE, GAMMA, CAP = 5, 2, 16  # the defaults of the package
 BLOCKS = {"fp4": (64, 256), "nf4": (64, 128, 256), "int4": (64, 128, 256)}  # others: 256 alone
+# INT8 weights and an INT4 projector as everywhere, so the gradients are those of the training they stand for.
+RECORDED: dict[str, Any] = {
+    "group": {"subspace": "warm", "lazy_rule": "fixed", "update_proj_gap": 50},
+    "layers": {"grad_mode": "full"},
+}
 SAMPLE = 4  # every so many recordings are enough for cold bases and formats
 
 
 # ---------------------------------------------------------------- recording
 
 
-def record(folder: Path, model: str, steps: int, every: int, sequences: int, length: int) -> None:
+def record(folder: Path, setting: Setting, every: int) -> None:
     """Train once and keep the gradients of updates s and s + 1 for every s that is a multiple of ``every``."""
-    target = folder / model
+    target = folder / setting.model
     if (target / "recording.json").exists():
         print(f"{target} holds a finished recording", flush=True)
         return
     target.mkdir(parents=True, exist_ok=True)
     sides: dict[str, int] = {}
-    # INT8 weights and an INT4 projector as everywhere, so the gradients are those of the training they stand for.
-    group = {"subspace": "warm", "lazy_rule": "fixed", "update_proj_gap": 50}
-    setting = Setting(model, group, {"grad_mode": "full"}, 0, steps, sequences, length)
 
     def keep(step: int, gradients: dict[str, Tensor]) -> None:
-        if step % every > 1 or step - step % every + 1 >= steps:
+        if step % every > 1 or step - step % every + 1 >= setting.steps:
             return
         sides.update({name: subspace.side_of("std", *gradient.shape) for name, gradient in gradients.items()})
         torch.save({name: gradient.float() for name, gradient in gradients.items()}, target / f"{step}.pt")
@@ -69,53 +71,66 @@ def record(folder: Path, model: str, steps: int, every: int, sequences: int, len
 
 
 class Matrix(NamedTuple):
-    """The recorded gradients of one matrix, turned so that their columns are the projected dimension.
+    """The recorded gradients of one matrix.
 
     Attributes:
         name: of the parameter.
         number: its place among the matrices.
+        side: the projected one.
         rank: of the bases.
-        gradients: float32 [k, d] at each recorded update.
+        gradients: float32 [m, n] at each recorded update.
         following: those of the update after it.
     """
 
     name: str
     number: int
+    side: int
     rank: int
     gradients: list[Tensor]
     following: list[Tensor]
 
+    def turned(self, slot: int) -> Tensor:
+        """The recorded gradient as [k, d]: its columns are what is projected."""
+        return subspace.oriented(self.gradients[slot], self.side)
 
-def matrices(folder: Path) -> Iterator[Matrix]:
+    def turned_following(self, slot: int) -> Tensor:
+        """The one after it, likewise."""
+        return subspace.oriented(self.following[slot], self.side)
+
+    def slots(self, multiple: int = 1) -> range:
+        """The numbers of every ``multiple``-th recording."""
+        return range(0, len(self.gradients), multiple)
+
+
+def matrices(folder: Path, rank: int) -> Iterator[Matrix]:
     """The matrices of a recording, one after the other; the files are mapped, not read as a whole."""
     about = json.loads((folder / "recording.json").read_text())
-    every, steps = about["every"], about["setting"]["steps"]
-    slots = range(0, steps - 1, every)
-    first, second = ([torch.load(folder / f"{s + shift}.pt", mmap=True) for s in slots] for shift in (0, 1))
+    steps = range(0, about["setting"]["steps"] - 1, about["every"])
+    first, second = ([torch.load(folder / f"{s + shift}.pt", mmap=True) for s in steps] for shift in (0, 1))
     for number, (name, side) in enumerate(about["sides"].items()):
-        turned = [[_oriented(step[name], side) for step in steps] for steps in (first, second)]
-        rank = min(MODELS[about["setting"]["model"]].rank, *turned[0][0].shape)
-        yield Matrix(name, number, rank, *turned)
-
-
-def _oriented(gradient: Tensor, side: int) -> Tensor:
-    return (gradient if side == subspace.RIGHT else gradient.t()).contiguous()
+        recorded, following = ([step[name] for step in files] for files in (first, second))
+        yield Matrix(name, number, side, min(rank, *recorded[0].shape), recorded, following)
 
 
 # ---------------------------------------------------------------- what is measured, and what it is held to
 
 
-def refreshed(gradient: Tensor, old: Tensor, steps: int | None = None, compute: str = "float32") -> subspace.Basis:
-    """The package's refresh of a basis from an oriented gradient [k, d]."""
-    return subspace.power_basis(gradient, old, steps, getattr(torch, compute))
+def refreshed(
+    matrix: Matrix, slot: int, old: Tensor, steps: int | None = None, compute: str = "float32"
+) -> subspace.Basis:
+    """The package's refresh of a basis from a recorded gradient."""
+    if hasattr(subspace, "refresh_basis"):
+        found = subspace.refresh_basis(matrix.gradients[slot], matrix.side, old, steps, compute)
+        assert found is not None
+        return found
+    return subspace.power_basis(matrix.turned(slot), old, steps, getattr(torch, compute))
 
 
 def first_basis(matrix: Matrix, slot: int = 0, compute: str = "float32") -> subspace.Basis:
     """The first basis of a low-rank leaf, and of a plain matrix too large for an SVD: power steps from a random one."""
-    gradient = matrix.gradients[slot]
-    start = subspace.random_basis(matrix.rank, gradient.shape[1], seed=0, id=matrix.number)
-    found = refreshed(gradient, start.vectors, subspace.COLD_STEPS, compute)
-    return subspace.Basis(found.vectors, found.fallbacks + start.fallbacks)
+    start = subspace.random_basis(matrix.rank, matrix.turned(slot).shape[1], 0, matrix.number)
+    found = refreshed(matrix, slot, start.vectors, subspace.COLD_STEPS, compute)
+    return found._replace(fallbacks=found.fallbacks + start.fallbacks)
 
 
 def stored(vectors: Tensor, proj_format: str = "int4", block: int = 256) -> Tensor:
@@ -178,12 +193,8 @@ class Link(NamedTuple):
 def chain(matrix: Matrix, multiple: int, compute: str = "float32") -> Iterator[Link]:
     """The refreshes of a matrix every ``multiple`` recordings, each from the INT4 form of the one before."""
     old = None
-    for slot in range(0, len(matrix.gradients), multiple):
-        new = (
-            first_basis(matrix, slot, compute)
-            if old is None
-            else refreshed(matrix.gradients[slot], old, compute=compute)
-        )
+    for slot in matrix.slots(multiple):
+        new = first_basis(matrix, slot, compute) if old is None else refreshed(matrix, slot, old, compute=compute)
         yield Link(slot, old, new)
         old = stored(new.vectors)
 
@@ -194,11 +205,11 @@ def bases(every: int, recorded: Iterator[Matrix]) -> dict[str, Any]:
     fallbacks: dict[str, int] = {}
     exact_energies = []
     for matrix in recorded:
-        exact = [energy(g, exact_basis(g, matrix.rank)) for g in matrix.gradients]
+        exact = [energy(g, exact_basis(g, matrix.rank)) for g in map(matrix.turned, matrix.slots())]
         exact_energies += exact
 
         def note(name: str, slot: int, basis: subspace.Basis, matrix: Matrix = matrix, exact: list[float] = exact):
-            ratio = energy(matrix.gradients[slot], basis.vectors) / exact[slot]
+            ratio = energy(matrix.turned(slot), basis.vectors) / exact[slot]
             ratios.setdefault(name, []).append((ratio, matrix.name, slot * every))
             fallbacks[name] = fallbacks.get(name, 0) + basis.fallbacks
 
@@ -207,7 +218,7 @@ def bases(every: int, recorded: Iterator[Matrix]) -> dict[str, Any]:
                 for link in chain(matrix, multiple, compute):
                     if link.old is not None:
                         note(f"warm, gap {multiple * every}, {compute}", link.slot, link.new)
-            for slot in range(0, len(matrix.gradients), SAMPLE):
+            for slot in matrix.slots(SAMPLE):
                 note(f"cold, {compute}", slot, first_basis(matrix, slot, compute))
     return {
         "exact energy": quantiles(exact_energies),
@@ -230,7 +241,7 @@ def formats(every: int, recorded: Iterator[Matrix]) -> dict[str, Any]:
         for link in chain(matrix, 1):
             if link.slot % SAMPLE:
                 continue
-            gradient, vectors = matrix.gradients[link.slot], link.new.vectors
+            gradient, vectors = matrix.turned(link.slot), link.new.vectors
             before = energy(gradient, vectors)
             for kind in kinds:
                 name = f"{kind[0]}, block {kind[1]}" if kind[0] not in ("float32", "bfloat16") else kind[0]
@@ -245,12 +256,12 @@ def similarities(every: int, recorded: Iterator[Matrix]) -> dict[str, Any]:
     """The rule's similarity with warm INT4 bases against that with exact ones, and how often they decide alike."""
     pairs: dict[str, list[tuple[float, float]]] = {}
     for matrix in recorded:
-        exact = [exact_basis(g, matrix.rank) for g in matrix.gradients]
+        exact = [exact_basis(matrix.turned(slot), matrix.rank) for slot in matrix.slots()]
         for multiple in MULTIPLES:
             for link in chain(matrix, multiple):
                 if link.old is None:
                     continue
-                judge = matrix.following[link.slot]
+                judge = matrix.turned_following(link.slot)
                 warm = similarity(judge, link.old, stored(link.new.vectors))
                 ideal = similarity(judge, exact[link.slot - multiple], exact[link.slot])
                 pairs.setdefault(f"gap {multiple * every}", []).append((warm, ideal))
@@ -295,9 +306,9 @@ def simulated(matrix: Matrix, threshold: float) -> int:
     gap, due, taken = 1, 1, 1
     queue: deque[float] = deque(maxlen=QUEUE)
     while due < len(matrix.gradients):
-        new = stored(refreshed(matrix.gradients[due], old).vectors)
+        new = stored(refreshed(matrix, due, old).vectors)
         taken += 1
-        gap = stretched(gap, queue, similarity(matrix.following[due], old, new), threshold)
+        gap = stretched(gap, queue, similarity(matrix.turned_following(due), old, new), threshold)
         old, due = new, due + gap
     return taken
 
@@ -318,21 +329,22 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {"count": len(values), **{name: round(value, 5) for name, value in found.items()}}
 
 
-def analyse(folder: Path, model: str, parts: list[str], log: Path) -> None:
+def analyse(folder: Path, model: str, rank: int, parts: list[str], log: Path) -> None:
     """Append what the log does not hold yet of this recording."""
     about = json.loads((folder / model / "recording.json").read_text())
     done = read_log(log)
     for part in parts:
-        key = json.dumps({"part": part, "setting": about["setting"], "every": about["every"]}, sort_keys=True)
+        what = {"part": part, "rank": rank, "every": about["every"], "setting": about["setting"]}
+        key = json.dumps(what, sort_keys=True)
+        title = f"{model} {part} rank {rank}"
         if key in done:
-            print(f"{model} {part}: in {log.name}", flush=True)
+            print(f"{title}: in {log.name}", flush=True)
             continue
         start = time.perf_counter()
-        found = PARTS[part](about["every"], _with_progress(matrices(folder / model), f"{model} {part}"))
+        found = PARTS[part](about["every"], _with_progress(matrices(folder / model, rank), title))
         seconds = round(time.perf_counter() - start, 1)
         machine = {**timing.machine(), "threads": torch.get_num_threads()}
-        entry = {"key": key, "model": model, "part": part, "every": about["every"], "setting": about["setting"]}
-        append_record(log, {**entry, "result": found, "seconds": seconds, "machine": machine})
+        append_record(log, {"key": key, **what, "result": found, "seconds": seconds, "machine": machine})
 
 
 def _with_progress(recorded: Iterator[Matrix], title: str) -> Iterator[Matrix]:
@@ -357,18 +369,22 @@ def all_tables(records: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 HEADERS = {
-    "bases": ["model", "basis", "refreshes", "median", "mean", "minimum", "QR fallbacks"],
-    "formats": ["model", "format", "bytes a value", "mean", "worst"],
-    "similarity": ["model", "gap", "refreshes", *(f"alike at {t}" for t in THRESHOLDS)],
-    "rule": ["model", "fixed gap", *(f"threshold {t}" for t in THRESHOLDS)],
+    "bases": ["model, rank", "basis", "refreshes", "median", "mean", "minimum", "QR fallbacks"],
+    "formats": ["model, rank", "format", "bytes a value", "mean", "worst"],
+    "similarity": ["model, rank", "gap", "refreshes", *(f"alike at {t}" for t in THRESHOLDS)],
+    "rule": ["model, rank", "fixed gap", *(f"threshold {t}" for t in THRESHOLDS)],
 }
+
+
+def _title(record: dict[str, Any]) -> str:
+    return f"{record['setting']['model']}, {record['rank']}"
 
 
 def _bases_table(record: dict[str, Any]) -> list[list[str]]:
     result = record["result"]
     return [
         [
-            record["model"], name, str(row["count"]), f"{row['median']:.4f}", f"{row['mean']:.4f}",
+            _title(record), name, str(row["count"]), f"{row['median']:.4f}", f"{row['mean']:.4f}",
             f"{row['minimum']:.4f}", str(result["qr fallbacks"][name]),
         ]
         for name, row in result["ratio"].items()
@@ -378,7 +394,7 @@ def _bases_table(record: dict[str, Any]) -> list[list[str]]:
 def _formats_table(record: dict[str, Any]) -> list[list[str]]:
     rows = record["result"]["ratio"].items()
     return [
-        [record["model"], name, f"{row['bytes']:.3f}", f"{row['mean']:.4f}", f"{row['minimum']:.4f}"]
+        [_title(record), name, f"{row['bytes']:.3f}", f"{row['mean']:.4f}", f"{row['minimum']:.4f}"]
         for name, row in rows
     ]
 
@@ -386,14 +402,14 @@ def _formats_table(record: dict[str, Any]) -> list[list[str]]:
 def _similarity_table(record: dict[str, Any]) -> list[list[str]]:
     rows = record["result"].items()
     return [
-        [record["model"], name, str(row["refreshes"]), *(f"{100 * v:.1f} %" for v in row["agreement"].values())]
+        [_title(record), name, str(row["refreshes"]), *(f"{100 * v:.1f} %" for v in row["agreement"].values())]
         for name, row in rows
     ]
 
 
 def _rule_table(record: dict[str, Any]) -> list[list[str]]:
     result = record["result"]
-    return [[record["model"], str(result["fixed"]), *(f"{100 * share:.1f} %" for share in result["share"].values())]]
+    return [[_title(record), str(result["fixed"]), *(f"{100 * share:.1f} %" for share in result["share"].values())]]
 
 
 def main() -> None:
@@ -401,12 +417,13 @@ def main() -> None:
     parser.add_argument("action", choices=["record", "analyse", "tables"])
     parser.add_argument("folder", nargs="?", type=Path, help="of the recordings, outside the repository")
     parser.add_argument("--model", choices=list(MODELS), default="llama")
+    parser.add_argument("--rank", type=int, help="with analyse: of the bases; default: the model's")
     parser.add_argument("--part", choices=list(PARTS), help="default: all")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--every", type=int, default=EVERY)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--log", type=Path, default=LOG)
-    parser.add_argument("--quick", action="store_true", help="with record: a tiny model and 13 updates")
+    parser.add_argument("--quick", action="store_true", help="with record: a tiny model and 26 updates")
     parser.add_argument("--write", action="store_true", help="with tables: write them into docs/subspace.md")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -419,11 +436,13 @@ def main() -> None:
     if arguments.folder is None:
         parser.error(f"{arguments.action} needs a folder")
     if arguments.action == "record" and arguments.quick:
-        record(arguments.folder, "tiny", steps=26, every=2, sequences=4, length=32)
+        record(arguments.folder, Setting("tiny", **RECORDED, steps=26, sequences=4, length=32), every=2)
     elif arguments.action == "record":
-        record(arguments.folder, arguments.model, arguments.steps, arguments.every, 8, 128)
+        record(arguments.folder, Setting(arguments.model, **RECORDED, steps=arguments.steps), arguments.every)
     else:
-        analyse(arguments.folder, arguments.model, [arguments.part] if arguments.part else list(PARTS), arguments.log)
+        rank = arguments.rank or MODELS[arguments.model].rank
+        parts = [arguments.part] if arguments.part else list(PARTS)
+        analyse(arguments.folder, arguments.model, rank, parts, arguments.log)
 
 
 if __name__ == "__main__":

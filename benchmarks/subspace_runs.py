@@ -32,7 +32,7 @@ from pretrain.schedules import make_scheduler
 
 LOG = timing.RESULTS / "subspace_runs.jsonl"
 LENGTH = 128  # bytes of a sequence
-SEQUENCES = 8  # of an update: 600 updates of the LLaMA take some two and a half minutes on one thread
+SEQUENCES = 6  # of an update: 600 updates of the LLaMA take some three minutes on one busy thread
 WARMUP_STEPS = 50
 SCALE = 0.25
 Gradients = Callable[[int, dict[str, Tensor]], None]

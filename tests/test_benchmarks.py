@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from q_galore_torch import subspace
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import recorded_gradients as recorded  # noqa: E402
@@ -38,7 +40,7 @@ def spectrum(values: list[float], rows: int = 12, seed: int = 0) -> tuple[Tensor
 
 def matrix(gradients: list[Tensor], rank: int) -> recorded.Matrix:
     """A recording in which every gradient is followed by itself."""
-    return recorded.Matrix("matrix", 0, rank, gradients, gradients)
+    return recorded.Matrix("matrix", 0, subspace.RIGHT, rank, gradients, gradients)
 
 
 # ---------------------------------------------------------------- tables
@@ -127,6 +129,18 @@ def test_chain_keeps_the_stored_basis_and_exact_bases_reach_one() -> None:
     assert result["qr fallbacks"] == dict.fromkeys(rows, 0)
 
 
+def test_left_side_of_a_transposed_gradient_is_the_right_side() -> None:
+    gradients = [spectrum([8.0, 4.0, 2.0, 1.0] + [0.5] * 12, 20, seed)[0].float() for seed in range(6)]
+    right = matrix(gradients, 4)
+    left = right._replace(side=subspace.LEFT, gradients=[g.t().contiguous() for g in gradients])
+    left = left._replace(following=left.gradients)
+    for part in (recorded.bases, recorded.formats):
+        ratios = [part(10, iter([each]))["ratio"] for each in (right, left)]
+        for name, row in ratios[0].items():
+            assert ratios[1][name] == pytest.approx(row, abs=1e-3), name
+    assert recorded.simulated(right, 0.85) == recorded.simulated(left, 0.85)
+
+
 # ---------------------------------------------------------------- lists of runs
 
 
@@ -201,7 +215,7 @@ def test_recording_is_analysed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert parts["rule"]["fixed"] == 14 * 13 and max(parts["rule"]["share"].values()) <= 1
     capsys.readouterr()
     program(recorded.main, monkeypatch, "tables", "--log", log)
-    assert capsys.readouterr().out.count("| tiny |") == sum(
+    assert capsys.readouterr().out.count("| tiny, 8 |") == sum(
         [len(parts["bases"]["ratio"]), len(parts["formats"]["ratio"]), len(parts["similarity"]), 1]
     )
 
