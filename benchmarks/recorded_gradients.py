@@ -36,6 +36,7 @@ from q_galore_torch import ops, subspace
 LOG = timing.RESULTS / "recorded_gradients.jsonl"
 EVERY = 10  # updates between two recordings, and the base gap of the simulated rule
 MULTIPLES = (1, 2, 5, 10)  # of it: the gaps at which chains of warm bases are followed
+STEPS = (1, 2, 3)  # power steps, beside as many as the package takes
 THRESHOLDS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 QUEUE, GAMMA, CAP = 5, 2, 16  # the defaults of the package
 BLOCKS = {"fp4": (64, 256), "nf4": (64, 128, 256), "int4": (64, 128, 256)}  # others: 256 alone
@@ -190,11 +191,18 @@ class Link(NamedTuple):
     new: subspace.Basis
 
 
-def chain(matrix: Matrix, multiple: int, compute: str = "float32") -> Iterator[Link]:
-    """The refreshes of a matrix every ``multiple`` recordings, each from the INT4 form of the one before."""
+def chain(matrix: Matrix, multiple: int, compute: str = "float32", steps: int | None = None) -> Iterator[Link]:
+    """The refreshes of a matrix every ``multiple`` recordings, each from the INT4 form of the one before.
+
+    Args:
+        matrix: its gradients.
+        multiple: recordings from one refresh to the next.
+        compute: dtype of the products.
+        steps: power steps of a refresh, default None: as many as the package takes.
+    """
     old = None
     for slot in matrix.slots(multiple):
-        new = first_basis(matrix, slot, compute) if old is None else refreshed(matrix, slot, old, compute=compute)
+        new = first_basis(matrix, slot, compute) if old is None else refreshed(matrix, slot, old, steps, compute)
         yield Link(slot, old, new)
         old = stored(new.vectors)
 
@@ -220,6 +228,10 @@ def bases(every: int, recorded: Iterator[Matrix]) -> dict[str, Any]:
                         note(f"warm, gap {multiple * every}, {compute}", link.slot, link.new)
             for slot in matrix.slots(SAMPLE):
                 note(f"cold, {compute}", slot, first_basis(matrix, slot, compute))
+        for steps in STEPS:
+            for link in chain(matrix, 1, steps=steps):
+                if link.old is not None:
+                    note(f"warm, gap {every}, {steps} step{'s' * (steps > 1)}", link.slot, link.new)
     return {
         "exact energy": quantiles(exact_energies),
         "ratio": {name: quantiles([row[0] for row in rows]) for name, rows in ratios.items()},
@@ -435,6 +447,8 @@ def main() -> None:
         return
     if arguments.folder is None:
         parser.error(f"{arguments.action} needs a folder")
+    if arguments.folder.resolve().is_relative_to(Path(__file__).resolve().parent.parent):
+        parser.error(f"the folder must lie outside the repository, got {arguments.folder}")
     if arguments.action == "record" and arguments.quick:
         record(arguments.folder, Setting("tiny", **RECORDED, steps=26, sequences=4, length=32), every=2)
     elif arguments.action == "record":

@@ -198,6 +198,12 @@ def test_full_gradients_reach_the_callback_and_change_nothing() -> None:
     assert len(seen) == 12 and seen[0]["model.layers.1.mlp.gate_proj.weight"] == [48, 32] and len(seen[0]) == 14
 
 
+def test_recordings_stay_out_of_the_repository(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        program(recorded.main, monkeypatch, "record", ROOT / "benchmarks" / "results", "--quick")
+    assert "must lie outside the repository" in capsys.readouterr().err
+
+
 def test_recording_is_analysed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     log = tmp_path / "log.jsonl"
     program(recorded.main, monkeypatch, "record", tmp_path, "--quick")
