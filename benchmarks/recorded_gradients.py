@@ -1,7 +1,7 @@
 """Records the gradients of a training run, then holds bases, projector formats and the energy rule to exact SVDs.
 
-    python benchmarks/recorded_gradients.py record FOLDER [--model llama|gpt]
-    python benchmarks/recorded_gradients.py analyse FOLDER [--model llama|gpt] [--rank R] [--part PART]
+    python benchmarks/recorded_gradients.py record FOLDER [--model llama|window]
+    python benchmarks/recorded_gradients.py analyse FOLDER [--model llama|window] [--rank R] [--part PART]
     python benchmarks/recorded_gradients.py tables [--write]
 
 ``record`` trains as subspace_runs.py does, with full gradients, and keeps those of all projected matrices in float32 at

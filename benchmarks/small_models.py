@@ -1,7 +1,7 @@
 """The two small language models of the training measurements, and the text they learn.
 
-``llama`` is the model of ``examples/run_pretrain.py --demo``; ``gpt`` differs in all that a GPT differs in: layer norms
-and biases, learned positions, one matrix for query, key and value, GELU. Both read bytes of Python's own sources.
+``llama`` is the model of ``examples/run_pretrain.py --demo``; ``window`` is of another kind: a feed-forward network
+over the last 16 bytes (Bengio et al. 2003) with layer norms, biases and GELU. Both read Python's own sources as bytes.
 """
 
 from __future__ import annotations
@@ -25,53 +25,49 @@ VOCABULARY = 264  # of the byte tokenizer
 HELD_OUT_TOKENS = 32768
 
 
-class GPTLayer(nn.Module):
-    """Attention and MLP, each behind a layer norm and around a residual."""
+class WindowBlock(nn.Module):
+    """An MLP behind a layer norm and around a residual."""
 
-    def __init__(self, hidden: int, heads: int) -> None:
+    def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(hidden, 3 * hidden), "out": nn.Linear(hidden, hidden)})
-        self.mlp = nn.Sequential(nn.Linear(hidden, 4 * hidden), nn.GELU(), nn.Linear(4 * hidden, hidden))
-        self.norms = nn.ModuleList([nn.LayerNorm(hidden), nn.LayerNorm(hidden)])
+        self.norm = nn.LayerNorm(hidden)
+        self.mlp = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.GELU(), nn.Linear(2 * hidden, hidden))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, length, hidden = x.shape
-        split = self.attn["qkv"](self.norms[0](x)).view(batch, length, 3, self.heads, -1)
-        q, k, v = split.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attn["out"](mixed.transpose(1, 2).reshape(batch, length, hidden))
-        return x + self.mlp(self.norms[1](x))
+        return x + self.mlp(self.norm(x))
 
 
-class GPTBody(nn.Module):
-    """Token ids [batch, length] to hidden states [batch, length, hidden]."""
+class WindowBody(nn.Module):
+    """Token ids [batch, length] to hidden states [batch, length, hidden], each from its token and those before it."""
 
-    def __init__(self, hidden: int, layers: int, heads: int, length: int) -> None:
+    def __init__(self, window: int, embedding: int, hidden: int, blocks: int) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(VOCABULARY, hidden), nn.Embedding(length, hidden)
-        self.layers = nn.ModuleList(GPTLayer(hidden, heads) for _ in range(layers))
+        self.window = window
+        self.tokens = nn.Embedding(VOCABULARY, embedding)
+        self.mlp_in = nn.Linear(window * embedding, hidden)
+        self.blocks = nn.ModuleList(WindowBlock(hidden) for _ in range(blocks))
         self.norm = nn.LayerNorm(hidden)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.positions.weight[: tokens.shape[1]]
-        for layer in self.layers:
-            x = layer(x)
+        before = F.pad(self.tokens(tokens), (0, 0, self.window - 1, 0))
+        x = self.mlp_in(before.unfold(1, self.window, 1).flatten(2))
+        for block in self.blocks:
+            x = block(x)
         return self.norm(x)
 
 
-class GPT(nn.Module):
+class WindowModel(nn.Module):
     """The body under ``model`` and the output matrix under ``lm_head``, as the example's losses want them."""
 
-    def __init__(self, hidden: int, layers: int, heads: int, length: int) -> None:
+    def __init__(self, window: int, embedding: int, hidden: int, blocks: int) -> None:
         super().__init__()
-        self.model = GPTBody(hidden, layers, heads, length)
+        self.model = WindowBody(window, embedding, hidden, blocks)
         self.lm_head = nn.Linear(hidden, VOCABULARY, bias=False)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
+        for module in self.model.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
+        nn.init.normal_(self.lm_head.weight, std=0.02)
 
 
 class SmallModel(NamedTuple):
@@ -96,7 +92,7 @@ MODELS = {
     "llama": SmallModel(
         lambda: LlamaForCausalLM(LlamaConfig.from_json(str(EXAMPLES / "configs" / "llama_demo.json"))), 64, 0.015
     ),
-    "gpt": SmallModel(lambda: GPT(hidden=160, layers=3, heads=5, length=256), 32, 0.015),
+    "window": SmallModel(lambda: WindowModel(window=16, embedding=32, hidden=320, blocks=3), 64, 0.015),
     "tiny": SmallModel(_tiny_llama, 8, 0.015),  # for a smoke test
 }
 

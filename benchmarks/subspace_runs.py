@@ -150,6 +150,7 @@ def _summary(optimizer: qg.QGaLoreAdamW8bit) -> dict[str, Any]:
     return {
         "refreshes": sum(row["refreshes"] for row in rows),
         "qr_fallbacks": sum(row["qr_fallbacks"] for row in rows),
+        "refresh_seconds": round(sum(row.get("seconds", 0.0) for row in rows), 2),
         "matrices": short,
     }
 
@@ -185,7 +186,7 @@ def lazy_list(seeds: int, steps: int) -> list[Setting]:
     return [
         Setting(model, group, seed=seed, steps=steps)
         for seed in range(seeds)
-        for model in ("llama", "gpt")
+        for model in ("llama", "window")
         for group in (fixed, *energy)
     ]
 
@@ -311,7 +312,7 @@ def all_tables(records: dict[str, dict[str, Any]], steps: int) -> dict[str, str]
     rows = _rows(settings, lambda s: _moments_name(s.group))
     found["moments"] = compared(records, rows, rows[0][1])
     lazy = lazy_list(9, steps)
-    for model in ("llama", "gpt"):
+    for model in ("llama", "window"):
         rows = _rows([s for s in lazy if s.model == model], lambda s: _lazy_name(s.group))
         found[f"lazy-{model}"] = compared(records, rows, rows[0][1])
     rows = _rows(bases_list(9, steps), lambda s: f"{s.group['subspace']}, {s.layers.get('proj_type', 'std')}")

@@ -18,6 +18,7 @@ from q_galore_torch import subspace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import recorded_gradients as recorded  # noqa: E402
+import small_models  # noqa: E402
 import subspace_runs as runs  # noqa: E402
 import tables  # noqa: E402
 
@@ -141,7 +142,17 @@ def test_left_side_of_a_transposed_gradient_is_the_right_side() -> None:
     assert recorded.simulated(right, 0.85) == recorded.simulated(left, 0.85)
 
 
-# ---------------------------------------------------------------- lists of runs
+# ---------------------------------------------------------------- models and lists of runs
+
+
+def test_window_model_sees_the_last_16_bytes_and_nothing_else() -> None:
+    model = small_models.seeded_model("window", 0)
+    tokens = torch.randint(0, 256, (1, 40))
+    changed = tokens.clone()
+    changed[0, 20] = (tokens[0, 20] + 1) % 256
+    with torch.no_grad():
+        moved = (model.model(tokens) - model.model(changed)).abs().amax(dim=2)[0]
+    assert (moved > 0).nonzero().flatten().tolist() == list(range(20, 36))
 
 
 def line(setting: runs.Setting, loss: float, refreshes: int) -> dict[str, Any]:
@@ -228,6 +239,6 @@ def test_recording_is_analysed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_page_has_a_place_for_every_table() -> None:
     text = tables.PAGE.read_text()
-    names = ["moments", "lazy-llama", "lazy-gpt", "bases", *(f"recorded-{part}" for part in recorded.PARTS)]
+    names = ["moments", "lazy-llama", "lazy-window", "bases", *(f"recorded-{part}" for part in recorded.PARTS)]
     for name in names:
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- end of {name} -->") == 1
