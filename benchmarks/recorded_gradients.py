@@ -282,9 +282,11 @@ def similarities(every: int, recorded: Iterator[Matrix]) -> dict[str, Any]:
     for name, rows in pairs.items():
         alike = {str(t): round(statistics.fmean((w >= t) == (e >= t) for w, e in rows), 4) for t in THRESHOLDS}
         kept = {str(t): round(statistics.fmean(w >= t for w, _ in rows), 4) for t in THRESHOLDS}
+        below = {str(t): [w < t for w, e in rows if e < t] for t in THRESHOLDS}
         found[name] = {
             "refreshes": len(rows),
             "agreement": alike,
+            "agreement below": {t: round(statistics.fmean(same), 4) if same else None for t, same in below.items()},
             "share above": kept,
             "warm": quantiles([w for w, _ in rows]),
             "exact": quantiles([e for _, e in rows]),
@@ -412,11 +414,14 @@ def _formats_table(record: dict[str, Any]) -> list[list[str]]:
 
 
 def _similarity_table(record: dict[str, Any]) -> list[list[str]]:
-    rows = record["result"].items()
-    return [
-        [_title(record), name, str(row["refreshes"]), *(f"{100 * v:.1f} %" for v in row["agreement"].values())]
-        for name, row in rows
-    ]
+    table = []
+    for name, row in record["result"].items():
+        cells = []
+        for threshold, share in row["agreement"].items():
+            below = row["agreement below"][threshold]
+            cells.append(f"{100 * share:.1f} %" + ("" if below is None else f" ({100 * below:.0f})"))
+        table.append([_title(record), name, str(row["refreshes"]), *cells])
+    return table
 
 
 def _rule_table(record: dict[str, Any]) -> list[list[str]]:

@@ -142,6 +142,20 @@ def test_left_side_of_a_transposed_gradient_is_the_right_side() -> None:
     assert recorded.simulated(right, 0.85) == recorded.simulated(left, 0.85)
 
 
+def test_agreement_of_decisions_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = [spectrum([8.0, 4.0, 2.0, 1.0] + [0.01] * 12, 20)[0].float()] * 5
+    values = iter([0.9, 0.95, 0.5, 0.7, 0.88, 0.7, 0.9, 0.9])  # warm, exact, warm, ...
+    monkeypatch.setattr(recorded, "similarity", lambda *_: next(values))
+    monkeypatch.setattr(recorded, "MULTIPLES", (1,))
+    row = recorded.similarities(10, iter([matrix(gradients, 4)]))["gap 10"]
+    assert (
+        row["agreement"]["0.85"] == 0.75
+        and row["agreement below"]["0.85"] == 0.5
+        and row["share above"]["0.85"] == 0.75
+    )
+    assert row["agreement"]["0.6"] == 0.75 and row["agreement below"]["0.6"] is None
+
+
 # ---------------------------------------------------------------- models and lists of runs
 
 
