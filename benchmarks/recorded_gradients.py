@@ -67,7 +67,7 @@ def record(folder: Path, setting: Setting, every: int) -> None:
         torch.save({name: gradient.float() for name, gradient in gradients.items()}, target / f"{step}.pt")
 
     run = train(setting, keep)
-    about = {"setting": asdict(setting), "every": every, "sides": sides, "held_out": run["held_out"]}
+    about = {"setting": asdict(setting), "every": every, "sides": sides, **{k: run[k] for k in ("held_out", "machine")}}
     (target / "recording.json").write_text(json.dumps({**about, "seconds": run["seconds"]}))
 
 
