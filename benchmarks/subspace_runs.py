@@ -230,7 +230,7 @@ def run_all(settings: list[Setting], log: Path, dry_run: bool = False) -> list[s
     """Run what the log does not hold yet.
 
     Returns:
-        A sentence for each setting that the package refuses.
+        A sentence for each setting that the package refuses, or whose gradients became infinite.
     """
     settings = list({setting.key: setting for setting in settings}.values())
     done = read_log(log)
@@ -243,9 +243,9 @@ def run_all(settings: list[Setting], log: Path, dry_run: bool = False) -> list[s
             continue
         try:
             record = train(setting)
-        except ValueError as error:
+        except (ValueError, qg.NonFiniteGradientError) as error:
             refused.append(f"{setting.title()}: {error}")
-            print(f"  refused: {error}", flush=True)
+            print(f"  not run to the end: {error}", flush=True)
             continue
         append_record(log, record)
         final = record["held_out"][str(setting.steps)]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import q_galore_torch as qg
 from q_galore_torch import subspace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,6 +209,19 @@ def test_lists_run_once_and_say_what_is_refused(tmp_path: Path, monkeypatch: pyt
         assert record["refreshes"] > 14 and record["machine"]["torch"] == torch.__version__
     program(runs.main, monkeypatch, "all", "--quick", "--seeds", 1, "--log", log)
     assert [json.loads(text) for text in log.read_text().splitlines()] == records
+
+
+def test_a_diverged_run_does_not_stop_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [runs.Setting("tiny", {"a": number}) for number in range(2)]
+
+    def train(setting: runs.Setting) -> dict[str, Any]:
+        if setting == settings[0]:
+            raise qg.NonFiniteGradientError("the gradient of x holds a NaN")
+        return {**line(setting, 1.0, 2), "seconds": 0}
+
+    monkeypatch.setattr(runs, "train", train)
+    assert runs.run_all(settings, tmp_path / "log.jsonl") == ["tiny a=0 seed=0: the gradient of x holds a NaN"]
+    assert list(runs.read_log(tmp_path / "log.jsonl")) == [settings[1].key]
 
 
 def test_full_gradients_reach_the_callback_and_change_nothing() -> None:
