@@ -72,8 +72,14 @@ struct qg_backend {
     /* *out = the sum of source[i]^2 in double: 16 lanes of 64 ranges, added in their order. */
     void (*sum_squares)(double *out, const void *source, qg_format format, int64_t count);
 
-    /* target = source / sqrt(*squares); target may be source's own memory where that is float32. */
-    void (*normalise)(float *target, const void *source, qg_format format, int64_t count, const double *squares);
+    /* target = source sqrt(rows / *squares); target may be source's own memory where that is float32. */
+    void (*normalise)(
+        float *target,
+        const void *source,
+        qg_format format,
+        int64_t count,
+        int64_t rows,
+        const double *squares);
 
     /* *distance = max |A - I| of a symmetric matrix given by its lower triangle, infinity where it is not finite; where
      * the distance is at least 0.5, A's diagonal grows by 1e-6 ||A||_F (the shift of Cholesky QR). */

@@ -1,7 +1,8 @@
 /* subspace.c - the basis of a projection: block power steps from an old basis, random bases, captured energy.
  *
  *   Z = orth(G P^T)    Y = orth(G^T Z)    P = Y^T        (right; left: G^T stands for G)
- *   orth  Q <- Q / ||Q||_F, then A = Q^T Q, L L^T = A + shift I, Q <- Q L^-T until max |A - I| < 1e-5
+ *   orth  Q <- Q / ||Q||_F, then A = Q^T Q, L L^T = A + shift I, Q <- Q L^-T until max |A - I| < 1e-5; for Z one pass
+ *         is enough (condition), and P is divided by ||P||_F / sqrt(r), so that one is enough for it too
  *   E     = ||G Q^T||^2 / ||G||^2
  *
  * Everything is kept as rows, like a basis: Z^T [r, k] and Y^T [r, d], so Q <- Q L^-T reads M <- L^-1 M. The products that
@@ -25,7 +26,7 @@ enum {
     MOST_PASSES = 6,  /* of Cholesky QR before Householder QR */
     USUAL_PASSES = 3, /* two are usual; the third makes a second attempt rare */
     BLIND_STEPS = 3,  /* the most power steps taken without looking */
-    BLIND_BASES = 1 + 2 * BLIND_STEPS,
+    BLIND_BASES = 1 + BLIND_STEPS,
     GRAM_ROWS = 128,         /* rows of a Gram matrix or of a triangular product at a time: the rest is zero or known */
     TILE_ELEMENTS = 1 << 20, /* of G, cast at a time, */
     TILE_LEAST = 128,        /* but at least so many rows or columns */
@@ -46,6 +47,7 @@ typedef struct numbers {
     double squares;         /* of what is normalised next, where that is not a product */
     double distance[BLIND_BASES];
     int32_t failed[BLIND_BASES][USUAL_PASSES];
+    int32_t failed_between[BLIND_STEPS]; /* of each step's Z */
     float gradient_absmax;
 } numbers;
 
@@ -343,7 +345,18 @@ static qg_status orthonormalise_blindly(job *j, int64_t rank, int64_t length) {
     return status;
 }
 
-/* The rows of `current` [rank, length], of norm 1 in all, become orthonormal; j->broken where that cannot be. Each row keeps
+/* One pass: the rows of Z, well conditioned instead of orthonormal. Q <- Q T with T upper triangular and positive on its
+ * diagonal changes neither the span nor the orientation of Y = orth(G^T Z), so further passes would be for nothing. */
+static qg_status condition(job *j, int64_t rank, int64_t length) {
+    int32_t *failed = j->looking ? &j->device->failed[0][0] : &j->device->failed_between[j->bases - 1];
+    qg_status status = make_gram(j, rank, length);
+    if (status == QG_SUCCESS) {
+        status = divide_by_root(j, rank, length, failed);
+    }
+    return status == QG_SUCCESS && j->broken ? householder(j, rank, length) : status;
+}
+
+/* The rows of `current` [rank, length] become orthonormal; j->broken where that cannot be. Each row keeps
  * a positive coefficient on what it was. */
 static qg_status orthonormalise(job *j, int64_t rank, int64_t length) {
     return j->looking ? orthonormalise_looking(j, rank, length) : orthonormalise_blindly(j, rank, length);
@@ -360,7 +373,9 @@ static qg_status load_basis(job *j, const float *basis, int64_t rank, int64_t di
             return QG_SUCCESS;
         }
     }
-    j->backend->normalise(j->current, basis, QG_FLOAT32, rank * dim, &j->device->squares);
+    /* Rows of norm 1 on average: a basis that is nearly orthonormal, as a stored one is, then needs no shift, which
+     * would cost it a second pass. */
+    j->backend->normalise(j->current, basis, QG_FLOAT32, rank * dim, rank, &j->device->squares);
     return orthonormalise(j, rank, dim);
 }
 
@@ -425,7 +440,7 @@ static void take_product(job *j, int64_t rank, int64_t length) {
         }
     }
     float *target = j->gemm_format == QG_FLOAT32 ? j->spare : j->current;
-    j->backend->normalise(target, product_of(j), j->gemm_format, rank * length, &j->device->product_squares);
+    j->backend->normalise(target, product_of(j), j->gemm_format, rank * length, 1, &j->device->product_squares);
     if (target == j->spare) {
         swap(j);
     }
@@ -467,7 +482,7 @@ static qg_status power_step(const refresh *r) {
     qg_status status = QG_SUCCESS;
     take_product(j, r->rank, r->other);
     if (!j->broken && r->rank <= r->other) { /* more vectors than Z has rows: any factor of the right range will do */
-        status = orthonormalise(j, r->rank, r->other);
+        status = condition(j, r->rank, r->other);
     }
     if (status == QG_SUCCESS && !j->broken) {
         status = multiply(j, r->rank, !r->right);
@@ -489,6 +504,7 @@ static int usual(const job *j) {
         for (int pass = 0; pass < USUAL_PASSES; pass++) {
             good = good && j->seen.failed[i][pass] == 0;
         }
+        good = good && (i == 0 || j->seen.failed_between[i - 1] == 0);
     }
     return good;
 }

@@ -167,7 +167,7 @@ static void test_passes(const qg_backend *backend, int64_t count, qg_format form
     }
     float *unit = guarded(bytes, 4), *cast = guarded(bytes, 4), *bell = guarded(bytes, 4);
     backend->sum_squares(&sum, source, format, count);
-    backend->normalise(unit, source, format, count, &sum);
+    backend->normalise(unit, source, format, count, 3, &sum);
     backend->scaled_cast(cast, QG_FLOAT32, source, format, 1, count, count, 0x1p-20f);
     backend->bell(bell, &stream, count);
     if (is_first) {
@@ -182,7 +182,7 @@ static void test_passes(const qg_backend *backend, int64_t count, qg_format form
         int64_t drawn = -2 * 0xffffff;
         for (uint64_t k = 0; k < 4; k++)
             drawn += ref_noise(&stream, 4 * (uint64_t)i + k);
-        if (!CHECK(unit[i] == x * (float)(1.0 / sqrt(sum)), "unit %lld: %g", (long long)i, (double)unit[i]) ||
+        if (!CHECK(unit[i] == x * (float)sqrt(3.0 / sum), "unit %lld: %g", (long long)i, (double)unit[i]) ||
             !CHECK(cast[i] == ldexpf(x, -20), "cast %lld: %g", (long long)i, (double)cast[i]) ||
             !CHECK(bell[i] == ldexpf((float)drawn, -24), "bell %lld: %g", (long long)i, (double)bell[i]))
             break;
