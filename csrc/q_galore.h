@@ -306,8 +306,8 @@ qg_status qg_subspace_scratch_size(
  *
  * The host waits for numbers of the device once in the usual case: after the last step, or after the first one where
  * steps = 0 and no second one is needed. What is usual is assumed and checked then (a gradient of ordinary size, three
- * passes of Cholesky QR); where it does not hold, or steps > 3, everything is done again and looked at pass by pass. A
- * backend that is not asynchronous looks at once, so that it takes no pass too many. */
+ * passes of Cholesky QR, one for Z); where it does not hold, or steps > 3, everything is done again and looked at pass
+ * by pass. A backend that is not asynchronous looks at once, so that it takes no pass too many. */
 qg_status qg_subspace_refresh(
     float *basis, /* [rank, dim]: in: the old one, finite, not necessarily orthonormal; out: the new one */
     int64_t rank,
