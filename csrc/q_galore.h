@@ -301,8 +301,8 @@ qg_status qg_subspace_scratch_size(
 
 /* Block power steps from an old basis: Z = orth(G P^T), Y = orth(G^T Z), P = Y^T (right; left: G^T stands for G).
  * Vector i keeps its orientation. A gradient that is zero, not finite, or orthogonal to the whole basis leaves the
- * basis as it is, bit for bit, which is a success (report->kept); so does a basis that is zero or not finite. A new basis is
- * orthonormal to 1e-4.
+ * basis as it is, bit for bit, which is a success (report->kept); so does a basis that is zero or not finite. A new
+ * basis is orthonormal to 1e-4.
  *
  * The host waits for numbers of the device once in the usual case: after the last step, or after the first one where
  * steps = 0 and no second one is needed. What is usual is assumed and checked then (a gradient of ordinary size, three
@@ -324,8 +324,8 @@ qg_status qg_subspace_refresh(
     const qg_linalg *linalg);
 
 /* A random orthonormal basis: entries close to normal (sums of four uniform integers of qg_noise's generator, under
- * steps from 2^63 on, which no update reaches), orthonormalised. The entries are the same bits everywhere, the result is not:
- * its sums are the GEMM's. The scratch is that of a 1 x dim gradient, one side, FLOAT32. */
+ * steps from 2^63 on, which no update reaches), orthonormalised. The entries are the same bits everywhere, the
+ * result is not: its sums are the GEMM's. The scratch is that of a 1 x dim gradient, one side, FLOAT32. */
 qg_status qg_subspace_random(
     float *basis, /* [rank, dim] */
     int64_t rank,

@@ -6,8 +6,8 @@
  *   E     = ||G Q^T||^2 / ||G||^2
  *
  * Everything is kept as rows, like a basis: Z^T [r, k] and Y^T [r, d], so Q <- Q L^-T reads M <- L^-1 M. The products
- * that a step needs anyway give all energies but the last, which takes one more product with G; with a second step it is
- * that step's first one.
+ * that a step needs anyway give all energies but the last, which takes one more product with G; with a second step it
+ * is that step's first one.
  *
  * G is never copied whole. Where its size or format is not what the GEMM takes, tiles of it are cast and scaled; a tile
  * spans the whole inner dimension, so no sum is rounded between tiles.
@@ -414,7 +414,7 @@ static void *product_of(const job *j) {
     return j->gemm_format == QG_FLOAT32 ? (void *)j->spare : half_of(j);
 }
 
-/* Part of the product: rows (along_rows) or columns first .. first + count of G, cast to the GEMM's format if needed. */
+/* Part of the product: rows (along_rows) or columns first .. first + count of G, cast where the GEMM needs it. */
 static qg_status multiply_part(const job *j, int64_t rank, int along_rows, int64_t first, int64_t count) {
     const int64_t length = along_rows ? j->cols : j->rows, out = along_rows ? j->rows : j->cols;
     const void *factor = j->gemm_format == QG_FLOAT32 ? j->current : j->spare;
