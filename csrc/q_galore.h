@@ -2,8 +2,8 @@
  *
  * Conventions
  *   - Every function returns a qg_status; qg_last_error() holds the sentence of this thread's last failure.
- *   - Nothing here allocates, prints, synchronises or keeps state. Scratch memory comes from the caller; its size is
- *     asked for first.
+ *   - Nothing here allocates, prints or keeps state, and only the calls on subspaces wait for a device. Scratch memory
+ *     comes from the caller; its size is asked for first.
  *   - Arrays are row-major and contiguous. Sizes and indices are int64_t, byte counts size_t. An empty array (a size of
  *     zero) is a success that touches nothing; its pointer may be NULL. Pointers need only the alignment of their type.
  *   - Inputs and outputs must not overlap unless a comment says they may.
