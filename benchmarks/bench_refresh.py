@@ -50,7 +50,8 @@ def median_ms(run: Callable[[], object], rounds: int) -> float:
 def split(gradient: Tensor, basis: Tensor, side: int, rounds: int) -> dict[str, float]:
     """Milliseconds of the parts of one power step, each measured alone: torch's products of the same sizes and tiles.
 
-    Two passes for each of the three bases, as a warm step has them; factorisations are what a small random basis takes.
+    Gram matrices and triangular products in the numbers that a warm step has: one pass for the old basis and for Z, two
+    for the new basis, and a check of both bases. Factorisations are what a square random basis takes, mostly.
     """
     dim, other = (gradient.shape[1], gradient.shape[0]) if side == RIGHT else gradient.shape
     matrix = gradient if side == RIGHT else gradient.t()
@@ -64,14 +65,22 @@ def split(gradient: Tensor, basis: Tensor, side: int, rounds: int) -> dict[str, 
         )
     table["three casts of G to bfloat16"] = 3 * median_ms(gradient.bfloat16, rounds)
 
-    def orthonormalise(vectors: Tensor) -> None:
-        out, gram = torch.empty_like(vectors), torch.empty(RANK, RANK)
-        for i in range(0, RANK, 128):
-            torch.mm(vectors[i : i + 128], vectors[: i + 128].t(), out=gram[i : i + 128, : i + 128])
-            torch.mm(gram[i : i + 128, : i + 128], vectors[: i + 128], out=out[i : i + 128])
+    triangle = torch.zeros(RANK, RANK)
 
-    each = {length: median_ms(partial(orthonormalise, torch.randn(RANK, length)), rounds) for length in (dim, other)}
-    table["Gram matrices and L^-1 M, two passes each"] = 2 * (2 * each[dim] + each[other])
+    def gram(vectors: Tensor) -> None:
+        for i in range(0, RANK, 128):
+            torch.mm(vectors[i : i + 128], vectors[: i + 128].t(), out=triangle[i : i + 128, : i + 128])
+
+    def apply(vectors: Tensor, out: Tensor) -> None:
+        for i in range(0, RANK, 128):
+            torch.mm(triangle[i : i + 128, : i + 128], vectors[: i + 128], out=out[i : i + 128])
+
+    total = 0.0
+    for length, grams, applied in ((dim, 5, 3), (other, 1, 1)):
+        vectors = torch.randn(RANK, length)
+        total += grams * median_ms(partial(gram, vectors), rounds)
+        total += applied * median_ms(partial(apply, vectors, torch.empty_like(vectors)), rounds)
+    table["Gram matrices and L^-1 M"] = total
     table["a square random basis: factorisations, mostly"] = median_ms(
         lambda: ops.subspace_random(RANK, RANK, 0, 0, 0), rounds
     )
@@ -92,12 +101,19 @@ def one_shape(rows: int, cols: int, side: int, arguments: argparse.Namespace) ->
     best = (squares[:RANK].sum() / squares.sum()).item()
     record: dict[str, Any] = {"svd ms": round(svd_ms, 1), "svd energy": round(best, 6)}
 
-    contestants = {name: lambda name=name: ops.subspace_refresh(gradient, basis, side, 0, name) for name in DTYPES}
-    table = timing.ratios(timing.contest(contestants, arguments.rounds, warmup=1), "float32")
+    given = {
+        "float32 G and GEMMs": (gradient, "float32"),
+        "float32 G, bfloat16 GEMMs": (gradient, "bfloat16"),
+        "bfloat16 G and GEMMs": (gradient.bfloat16(), "bfloat16"),
+    }
+    contestants = {
+        name: partial(ops.subspace_refresh, g, basis, side, 0, compute) for name, (g, compute) in given.items()
+    }
+    table = timing.ratios(timing.contest(contestants, arguments.rounds, warmup=1), "float32 G and GEMMs")
     print(f"\n{rows} x {cols}, rank {RANK}: thin float32 SVD {svd_ms:.0f} ms, captures {best:.4f}")
     for name, row in table.items():
-        found = ops.subspace_refresh(gradient, basis, side, 0, name)
-        record[f"refresh, {name} GEMMs"] = {
+        found = contestants[name]()
+        record[f"refresh, {name}"] = {
             **row,
             "times faster than the SVD": round(svd_ms / row["ms"], 1),
             "power steps": found.power_steps,
@@ -107,7 +123,7 @@ def one_shape(rows: int, cols: int, side: int, arguments: argparse.Namespace) ->
             "share of the SVD's energy": round(found.energy_new / best, 5),
         }
         print(
-            f"  {name:9s} {row['ms']:8.1f} ms, {svd_ms / row['ms']:6.1f} times faster; {found.power_steps} step(s), "
+            f"  {name:26s} {row['ms']:8.1f} ms, {svd_ms / row['ms']:6.1f} times faster; {found.power_steps} step(s), "
             f"energy {found.energy_old:.4f} -> {found.energy_new:.4f}, {found.energy_new / best:.4f} of the SVD's"
         )
     record["split ms"] = split(gradient, basis, side, arguments.rounds)

@@ -2,8 +2,8 @@
  *
  * Conventions
  *   - Every function returns a qg_status; qg_last_error() holds the sentence of this thread's last failure.
- *   - Nothing here allocates, prints, synchronises or keeps state. Scratch memory comes from the caller; its size is
- *     asked for first.
+ *   - Nothing here allocates, prints or keeps state, and only the calls on subspaces wait for a device. Scratch memory
+ *     comes from the caller; its size is asked for first.
  *   - Arrays are row-major and contiguous. Sizes and indices are int64_t, byte counts size_t. An empty array (a size of
  *     zero) is a success that touches nothing; its pointer may be NULL. Pointers need only the alignment of their type.
  *   - Inputs and outputs must not overlap unless a comment says they may.
@@ -100,14 +100,14 @@ typedef struct qg_projector {
 
 /* Matrix products, and the factorisations of a subspace refresh. Memory is the device's, `context` the caller's.
  *
- * gemm     c = a b (accumulate 0), c += a b (1) or c -= a b (-1) with a: m x k, b: k x n, c: m x n, element (i, j) of x at
- *          x[i * x_row_stride + j * x_col_stride]; c has unit column stride. All three are FLOAT32 or all three BFLOAT16
- *          (accumulated in float32). accumulate is 0 for BFLOAT16.
+ * gemm     c = a b (accumulate 0), c += a b (1) or c -= a b (-1) with a: m x k, b: k x n, c: m x n, element (i, j) of x
+ *          at x[i * x_row_stride + j * x_col_stride]; c has unit column stride. All three are FLOAT32 or all three
+ *          BFLOAT16 (accumulated in float32). accumulate is 0 for BFLOAT16.
  * potrf    a [n, n] = L L^T: reads the lower triangle, leaves L there and anything above. *failed = 0, or 1 where a is
  *          not positive definite (a is spoiled then).
  * trtri    inverse [n, n] = L^-1, zeros above its diagonal; reads the lower triangle of `lower`.
- * qr       q [rows, cols], rows <= cols = an orthonormal basis of the rows of `a` (spoiled), any completion where they are
- *          dependent; row i of a has a coefficient >= 0 on row i of q (a = R^T q, R's diagonal >= 0).
+ * qr       q [rows, cols], rows <= cols = an orthonormal basis of the rows of `a` (spoiled), any completion where they
+ *          are dependent; row i of a has a coefficient >= 0 on row i of q (a = R^T q, R's diagonal >= 0).
  * work_size  bytes of `work` that these three need for matrices of up to rows x cols (rows <= cols).
  *
  * All are float32 and row-major. gemm alone is enough for steps; the other members may be NULL there. On the CPU they
@@ -309,15 +309,15 @@ qg_status qg_subspace_scratch_size(
     const qg_linalg *linalg,
     size_t *bytes);
 
-/* Block power steps from an old basis: Z = orth(G P^T), Y = orth(G^T Z), P = Y^T (right; for the left G^T stands for G).
- * Vector i keeps its orientation. A gradient that is zero, not finite, or orthogonal to the whole basis leaves the basis
- * as it is, bit for bit, which is a success (report->kept); so does a basis that is zero or not finite. A new basis is
- * orthonormal to 1e-4.
+/* Block power steps from an old basis: Z = orth(G P^T), Y = orth(G^T Z), P = Y^T (right; left: G^T stands for G).
+ * Vector i keeps its orientation. A gradient that is zero, not finite, or orthogonal to the whole basis leaves the
+ * basis as it is, bit for bit, which is a success (report->kept); so does a basis that is zero or not finite. A new
+ * basis is orthonormal to 1e-4.
  *
  * The host waits for numbers of the device once in the usual case: after the last step, or after the first one where
  * steps = 0 and no second one is needed. What is usual is assumed and checked then (a gradient of ordinary size, three
- * passes of Cholesky QR); where it does not hold, or steps > 3, everything is done again and looked at pass by pass. A
- * backend that is not asynchronous looks at once, so that it takes no pass too many. */
+ * passes of Cholesky QR, one for Z); where it does not hold, or steps > 3, everything is done again and looked at pass
+ * by pass. A backend that is not asynchronous looks at once, so that it takes no pass too many. */
 qg_status qg_subspace_refresh(
     float *basis, /* [rank, dim]: in: the old one, finite, not necessarily orthonormal; out: the new one */
     int64_t rank,
@@ -333,9 +333,9 @@ qg_status qg_subspace_refresh(
     const qg_backend *backend,
     const qg_linalg *linalg);
 
-/* A random orthonormal basis: entries close to normal (sums of four uniform integers of qg_noise's generator, under steps
- * from 2^63 on, which no update reaches), orthonormalised. The entries are the same bits everywhere, the result is not:
- * its sums are the GEMM's. The scratch is that of a 1 x dim gradient, one side, FLOAT32. */
+/* A random orthonormal basis: entries close to normal (sums of four uniform integers of qg_noise's generator, under
+ * steps from 2^63 on, which no update reaches), orthonormalised. The entries are the same bits everywhere, the
+ * result is not: its sums are the GEMM's. The scratch is that of a 1 x dim gradient, one side, FLOAT32. */
 qg_status qg_subspace_random(
     float *basis, /* [rank, dim] */
     int64_t rank,
@@ -348,8 +348,8 @@ qg_status qg_subspace_random(
     const qg_backend *backend,
     const qg_linalg *linalg);
 
-/* *energy = ||G Q_right^T||^2 / ||G||^2, ||Q_left G||^2 / ||G||^2 or, with both, ||Q_left G Q_right^T||^2 / ||G||^2, Q an
- * orthonormal basis of the rows of a basis; 0 for a zero gradient. A basis of no vectors is absent. */
+/* *energy = ||G Q_right^T||^2 / ||G||^2, ||Q_left G||^2 / ||G||^2 or, with both, ||Q_left G Q_right^T||^2 / ||G||^2, Q
+ * an orthonormal basis of the rows of a basis; 0 for a zero gradient. A basis of no vectors is absent. */
 qg_status qg_captured_energy(
     double *energy,
     const void *gradient, /* [rows, cols], finite */

@@ -190,6 +190,15 @@ def test_householder_takes_over_from_cholesky() -> None:
     assert basis is not None and basis.fallbacks == found.fallbacks
 
 
+def test_refresh_of_a_rank_deficient_gradient_needs_no_householder() -> None:
+    """Only rounding tells the surplus vectors apart; one pass leaves such a Z ill-conditioned, so it takes more."""
+    values = torch.cat([torch.ones(64), torch.zeros(236)])
+    gradient = spectrum_matrix(400, 300, values)[0].float()
+    found = ops.subspace_refresh(gradient, ops.subspace_random(128, 300, 0, 0, 0), RIGHT)
+    assert found.fallbacks == 0 and gap_from_orthonormal(found.basis) < 1e-5
+    assert found.energy_new == pytest.approx(1.0, abs=1e-5)
+
+
 def test_refresh_takes_a_second_step_when_the_first_gains_much() -> None:
     gradient, right = spectrum_matrix(96, 64, torch.cat([torch.ones(8), torch.full((56,), 0.2)]))
     near, far = right[:8].float(), ops.subspace_random(8, 64, 0, 0, 0)

@@ -2,18 +2,18 @@
  *
  *   Z = orth(G P^T)    Y = orth(G^T Z)    P = Y^T        (right; left: G^T stands for G)
  *   orth  Q <- Q / ||Q||_F, then A = Q^T Q, L L^T = A + shift I, Q <- Q L^-T until max |A - I| < 1e-5; for Z one pass
- *         is enough (condition), and P is divided by ||P||_F / sqrt(r), so that one is enough for it too
+ *         is nearly always enough (condition), and P is divided by ||P||_F / sqrt(r), so that one is enough for it too
  *   E     = ||G Q^T||^2 / ||G||^2
  *
- * Everything is kept as rows, like a basis: Z^T [r, k] and Y^T [r, d], so Q <- Q L^-T reads M <- L^-1 M. The products that
- * a step needs anyway give both energies but the last, which takes one more product with G; with a second step it is that
- * step's first one.
+ * Everything is kept as rows, like a basis: Z^T [r, k] and Y^T [r, d], so Q <- Q L^-T reads M <- L^-1 M. The products
+ * that a step needs anyway give all energies but the last, which takes one more product with G; with a second step it
+ * is that step's first one.
  *
  * G is never copied whole. Where its size or format is not what the GEMM takes, tiles of it are cast and scaled; a tile
  * spans the whole inner dimension, so no sum is rounded between tiles.
  *
- * Numbers of the device (`numbers`) reach the host in look() alone. A job that looks does so before each decision; one that
- * does not assumes what is usual, and usual() checks that when it is done.
+ * Numbers of the device (`numbers`) reach the host in look() alone. A job that looks does so before each decision; one
+ * that does not assumes what is usual, and usual() checks that when it is done.
  */
 #include <math.h>
 #include <stdint.h>
@@ -36,6 +36,7 @@ enum {
 static const double CLOSE = 1e-5;     /* max |Q^T Q - I| of a finished basis */
 static const double TOLERABLE = 1e-4; /* the same after Householder QR */
 static const double LEAST = 1e-60; /* squares below this are rounding: G is scaled to about 1, a basis has that size */
+static const double MISSING = 0.9; /* of ||Z||^2 = r after one pass: every singular value is above 0.3 then */
 static const double SECOND_STEP = 0.9;                /* E_old / E_new below this: another step */
 static const float SMALL = 0x1p-20f, LARGE = 0x1p20f; /* max |G| between them is taken as it is */
 
@@ -47,7 +48,8 @@ typedef struct numbers {
     double squares;         /* of what is normalised next, where that is not a product */
     double distance[BLIND_BASES];
     int32_t failed[BLIND_BASES][USUAL_PASSES];
-    int32_t failed_between[BLIND_STEPS]; /* of each step's Z */
+    int32_t failed_between[BLIND_STEPS]; /* of each step's Z, */
+    double conditioned[BLIND_STEPS];     /* and its squares after its one pass */
     float gradient_absmax;
 } numbers;
 
@@ -345,21 +347,39 @@ static qg_status orthonormalise_blindly(job *j, int64_t rank, int64_t length) {
     return status;
 }
 
-/* One pass: the rows of Z, well conditioned instead of orthonormal. Q <- Q T with T upper triangular and positive on its
- * diagonal changes neither the span nor the orientation of Y = orth(G^T Z), so further passes would be for nothing. */
-static qg_status condition(job *j, int64_t rank, int64_t length) {
-    int32_t *failed = j->looking ? &j->device->failed[0][0] : &j->device->failed_between[j->bases - 1];
-    qg_status status = make_gram(j, rank, length);
-    if (status == QG_SUCCESS) {
-        status = divide_by_root(j, rank, length, failed);
-    }
-    return status == QG_SUCCESS && j->broken ? householder(j, rank, length) : status;
-}
-
 /* The rows of `current` [rank, length] become orthonormal; j->broken where that cannot be. Each row keeps
  * a positive coefficient on what it was. */
 static qg_status orthonormalise(job *j, int64_t rank, int64_t length) {
     return j->looking ? orthonormalise_looking(j, rank, length) : orthonormalise_blindly(j, rank, length);
+}
+
+/* After a pass with shift s the squares of Z's singular values are x / (x + s), so what is missing from r bounds the
+ * least of them by 1 - MISSING. */
+static int well_conditioned(double squares, int64_t rank) {
+    return (double)rank - squares < MISSING;
+}
+
+/* The rows of Z: orthonormal, or after one pass as good as that. Q <- Q T with T upper triangular and positive on its
+ * diagonal changes neither the span nor the orientation of Y = orth(G^T Z), so more passes would be for nothing. */
+static qg_status condition(job *j, int64_t rank, int64_t length) {
+    const int slot = j->looking ? 0 : j->bases - 1;
+    qg_status status = make_gram(j, rank, length);
+    if (status == QG_SUCCESS) {
+        int32_t *failed = j->looking ? &j->device->failed[0][0] : &j->device->failed_between[slot];
+        status = divide_by_root(j, rank, length, failed);
+    }
+    if (status != QG_SUCCESS) {
+        return status;
+    }
+    if (j->broken) {
+        return householder(j, rank, length);
+    }
+    j->backend->sum_squares(&j->device->conditioned[slot], j->current, QG_FLOAT32, rank * length);
+    if (j->looking) {
+        look(j);
+        return well_conditioned(j->seen.conditioned[0], rank) ? status : orthonormalise(j, rank, length);
+    }
+    return status;
 }
 
 /* The rows of a basis, orthonormal, in `current`; broken for a basis of zeros or with values that are not finite
@@ -394,7 +414,7 @@ static void *product_of(const job *j) {
     return j->gemm_format == QG_FLOAT32 ? (void *)j->spare : half_of(j);
 }
 
-/* Part of the product: rows (along_rows) or columns first .. first + count of G, cast to the GEMM's format if need be. */
+/* Part of the product: rows (along_rows) or columns first .. first + count of G, cast where the GEMM needs it. */
 static qg_status multiply_part(const job *j, int64_t rank, int along_rows, int64_t first, int64_t count) {
     const int64_t length = along_rows ? j->cols : j->rows, out = along_rows ? j->rows : j->cols;
     const void *factor = j->gemm_format == QG_FLOAT32 ? j->current : j->spare;
@@ -497,14 +517,16 @@ static qg_status power_step(const refresh *r) {
 }
 
 /* Whether all that a job which did not look has assumed was so. */
-static int usual(const job *j) {
+static int usual(const job *j, int64_t rank, int has_z) {
     int good = j->seen.gradient_absmax >= SMALL && j->seen.gradient_absmax <= LARGE;
     for (int i = 0; i < j->bases; i++) {
         good = good && j->seen.distance[i] < CLOSE;
         for (int pass = 0; pass < USUAL_PASSES; pass++) {
             good = good && j->seen.failed[i][pass] == 0;
         }
-        good = good && (i == 0 || j->seen.failed_between[i - 1] == 0);
+    }
+    for (int i = 0; has_z && i + 1 < j->bases; i++) {
+        good = good && j->seen.failed_between[i] == 0 && well_conditioned(j->seen.conditioned[i], rank);
     }
     return good;
 }
@@ -531,7 +553,7 @@ static qg_status take_steps(const refresh *r, qg_subspace_report *report) {
             continue;
         }
         look(j);
-        j->broken = !j->looking && !usual(j);
+        j->broken = !j->looking && !usual(j, r->rank, r->rank <= r->other);
         report->energy_old = share(j, j->seen.first_squares);
         report->energy_new = share(j, j->seen.product_squares);
         if (report->energy_old >= SECOND_STEP * report->energy_new) {

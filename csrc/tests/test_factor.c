@@ -1,5 +1,5 @@
-/* Cholesky, the inverse of a triangle and Householder QR against the same in double, written the short way; the passes of
- * a refresh against their formulas, the same bits at every SIMD level and thread count. */
+/* Cholesky, the inverse of a triangle and Householder QR against the same in double, written the short way; the passes
+ * of a refresh against their formulas, the same bits at every SIMD level and thread count. */
 #include "harness.h"
 #include "reference.h"
 

@@ -1,5 +1,5 @@
-/* Refreshes, random bases and captured energies over the plain gemm: orthonormality and energies against double, what is
- * kept, what is refused, what fails, and the path that looks at the device's numbers once. */
+/* Refreshes, random bases and captured energies over the plain gemm: orthonormality and energies against double, what
+ * is kept, what is refused, what fails, and the path that looks at the device's numbers once. */
 #include "harness.h"
 #include "reference.h"
 
