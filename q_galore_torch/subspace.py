@@ -23,7 +23,7 @@ RIGHT, LEFT, FULL = 0, 1, 2
 EXACT_SVD_LIMIT = 1024  # above it the first basis of a plain parameter comes from a randomised range finder
 PROJ_TYPES = ("std", "reverse_std", "right", "left", "full")
 _FIXED_SIDES = {"right": RIGHT, "left": LEFT, "full": FULL}
-COLD_STEPS = 3  # power steps from a random basis
+COLD_STEPS = 4  # power steps from a random basis; three reach 0.989 of the SVD's energy at r = d / 8 on i^-0.5
 
 
 class Basis(NamedTuple):

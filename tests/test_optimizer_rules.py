@@ -241,7 +241,7 @@ def test_plain_parameters_refresh_before_the_step_and_leaves_after_it() -> None:
         assert refreshes(opt) == [3]  # full: 0, 3, 6; low rank: 0, 3, 6 (phase 0)
 
 
-def test_first_data_driven_basis_of_a_leaf_is_three_power_steps_later_ones_are_warm() -> None:
+def test_first_data_driven_basis_of_a_leaf_takes_more_power_steps_later_ones_are_warm() -> None:
     from q_galore_torch import subspace
 
     torch.manual_seed(0)

@@ -21,8 +21,8 @@ from q_galore_torch.subspace import LEFT, RIGHT
 
 SIDES = [RIGHT, LEFT]
 DTYPES = ["float32", "bfloat16"]
-# Three steps from a random start, over the SVD's energy: 0.989 to 0.991 on i^-0.5 at d / 8 (12 seeds), more if steeper.
-COLD_SHARE = 0.988
+# Power steps from a random start, over the SVD's energy: at least 0.993 on i^-0.5 at d / 8 (12 seeds), more if steeper.
+COLD_SHARE = 0.99
 
 
 def generator(seed: int) -> torch.Generator:
@@ -244,12 +244,12 @@ SPECTRA = {
 
 @pytest.mark.parametrize("compute_dtype", DTYPES)
 @pytest.mark.parametrize("name", SPECTRA)
-def test_three_steps_from_a_random_basis_reach_the_svd_s_energy(name: str, compute_dtype: str) -> None:
+def test_cold_steps_from_a_random_basis_reach_the_svd_s_energy(name: str, compute_dtype: str) -> None:
     values = SPECTRA[name]
     gradient, _ = spectrum_matrix(320, 256, values)
     best = float((values[:64] ** 2).sum() / (values**2).sum())
     start = ops.subspace_random(64, 256, 0, 0, 0)
-    found = ops.subspace_refresh(gradient.float(), start, RIGHT, 3, compute_dtype)
+    found = ops.subspace_refresh(gradient.float(), start, RIGHT, subspace.COLD_STEPS, compute_dtype)
     assert exact_energy(gradient, found.basis, RIGHT) >= COLD_SHARE * best
     assert found.energy_new == pytest.approx(exact_energy(gradient, found.basis, RIGHT), abs=2e-3)
     assert gap_from_orthonormal(found.basis) < 1e-4

@@ -25,7 +25,7 @@
 enum {
     MOST_PASSES = 6,  /* of Cholesky QR before Householder QR */
     USUAL_PASSES = 3, /* two are usual; the third makes a second attempt rare */
-    BLIND_STEPS = 3,  /* the most power steps taken without looking */
+    BLIND_STEPS = 4,  /* the most power steps taken without looking */
     BLIND_BASES = 1 + BLIND_STEPS,
     GRAM_ROWS = 128,         /* rows of a Gram matrix or of a triangular product at a time: the rest is zero or known */
     TILE_ELEMENTS = 1 << 20, /* of G, cast at a time, */
