@@ -71,6 +71,11 @@ def record(folder: Path, setting: Setting, every: int) -> None:
     (target / "recording.json").write_text(json.dumps({**about, "seconds": run["seconds"]}))
 
 
+def oriented(gradient: Tensor, side: int) -> Tensor:
+    """A view of [m, n] whose columns are the projected dimension."""
+    return gradient if side == subspace.RIGHT else gradient.t()
+
+
 class Matrix(NamedTuple):
     """The recorded gradients of one matrix.
 
@@ -92,11 +97,11 @@ class Matrix(NamedTuple):
 
     def turned(self, slot: int) -> Tensor:
         """The recorded gradient as [k, d]: its columns are what is projected."""
-        return subspace.oriented(self.gradients[slot], self.side)
+        return oriented(self.gradients[slot], self.side)
 
     def turned_following(self, slot: int) -> Tensor:
         """The one after it, likewise."""
-        return subspace.oriented(self.following[slot], self.side)
+        return oriented(self.following[slot], self.side)
 
     def slots(self, multiple: int = 1) -> range:
         """The numbers of every ``multiple``-th recording."""
@@ -120,11 +125,9 @@ def refreshed(
     matrix: Matrix, slot: int, old: Tensor, steps: int | None = None, compute: str = "float32"
 ) -> subspace.Basis:
     """The package's refresh of a basis from a recorded gradient."""
-    if hasattr(subspace, "refresh_basis"):
-        found = subspace.refresh_basis(matrix.gradients[slot], matrix.side, old, steps, compute)
-        assert found is not None
-        return found
-    return subspace.power_basis(matrix.turned(slot), old, steps, getattr(torch, compute))
+    found = subspace.refresh_basis(matrix.gradients[slot], matrix.side, old, steps, compute)
+    assert found is not None
+    return found
 
 
 def first_basis(matrix: Matrix, slot: int = 0, compute: str = "float32") -> subspace.Basis:
