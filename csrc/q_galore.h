@@ -281,8 +281,8 @@ qg_status qg_galore_step(
 
 typedef struct qg_subspace_params {
     uint32_t struct_size;
-    int32_t steps; /* power steps; 0: one, and a second one where the old basis captured less than 0.9 of the new
-                            * one's energy */
+    int32_t steps;         /* power steps; 0: one, a second one where the old basis captured less than 0.9 of the new
+                            * one's energy, a third one where that was less than 0.97 of the second one's */
     qg_format gemm_format; /* FLOAT32 or BFLOAT16, of the products with the gradient; all others are FLOAT32 */
 } qg_subspace_params;
 
@@ -315,8 +315,8 @@ qg_status qg_subspace_scratch_size(
  * basis is orthonormal to 1e-4.
  *
  * The host waits for numbers of the device once in the usual case: after the last step, or after the first one where
- * steps = 0 and no second one is needed. What is usual is assumed and checked then (a gradient of ordinary size, three
- * passes of Cholesky QR, one for Z); where it does not hold, or steps > 3, everything is done again and looked at pass
+ * steps = 0, and once for each further one. What is usual is assumed and checked then (a gradient of ordinary size, three
+ * passes of Cholesky QR, one for Z); where it does not hold, or steps > 4, everything is done again and looked at pass
  * by pass. A backend that is not asynchronous looks at once, so that it takes no pass too many. */
 qg_status qg_subspace_refresh(
     float *basis, /* [rank, dim]: in: the old one, finite, not necessarily orthonormal; out: the new one */

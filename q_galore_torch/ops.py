@@ -373,8 +373,8 @@ def subspace_refresh(
         gradient: [m, n], float32, bfloat16 or float16, contiguous; of any size and also not finite.
         basis: the old one, float32 [r, d] with d = n (right) or m (left), r <= d; it need not be orthonormal.
         side: 0 (right) or 1 (left).
-        steps: power steps; 0 (default) takes one, and a second one where the old basis captured less than 0.9 of the
-            energy that the new one captures.
+        steps: power steps; 0 (default) takes one, a second one where the old basis captured less than 0.9 of the energy
+            that the new one captures, and a third one where that was less than 0.97 of the second one's.
         compute_dtype: ``"float32"`` or ``"bfloat16"``, of the products with the gradient. All others are float32.
 
     Returns:

@@ -95,8 +95,8 @@ def refresh_basis(
         gradient: [m, n], any float dtype.
         side: ``RIGHT`` or ``LEFT``.
         old: float32 [r, d]; it need not be exactly orthonormal.
-        steps: number of steps; None (default) takes one, and a second one where the old basis captured less than 0.9 of
-            the energy that the new one captures.
+        steps: number of steps; None (default) takes one, and up to two more where the old basis had fallen behind, see
+            :func:`q_galore_torch.ops.subspace_refresh`.
         compute_dtype: of the products with the gradient, default ``"float32"``.
 
     Returns:

@@ -37,7 +37,7 @@ static const double CLOSE = 1e-5;     /* max |Q^T Q - I| of a finished basis */
 static const double TOLERABLE = 1e-4; /* the same after Householder QR */
 static const double LEAST = 1e-60; /* squares below this are rounding: G is scaled to about 1, a basis has that size */
 static const double MISSING = 0.9; /* of ||Z||^2 = r after one pass: every singular value is above 0.3 then */
-static const double SECOND_STEP = 0.9;                /* E_old / E_new below this: another step */
+static const double ENOUGH[] = {0.9, 0.97, 0.0};      /* E before / E after step 1, 2, 3: below this, another step */
 static const float SMALL = 0x1p-20f, LARGE = 0x1p20f; /* max |G| between them is taken as it is */
 
 /* What kernels and factorisations leave on the device. */
@@ -542,7 +542,8 @@ static qg_status take_steps(const refresh *r, qg_subspace_report *report) {
     if (status == QG_SUCCESS && !j->broken) {
         j->backend->sum_squares(&j->device->first_squares, product_of(j), j->gemm_format, r->rank * r->other);
     }
-    const int32_t most = r->steps == 0 ? 2 : r->steps;
+    const int32_t most = r->steps == 0 ? (int32_t)(sizeof ENOUGH / sizeof *ENOUGH) : r->steps;
+    double before = 0.0;
     while (status == QG_SUCCESS && !j->broken && report->power_steps < most) {
         status = power_step(r);
         if (status != QG_SUCCESS || j->broken) {
@@ -556,9 +557,11 @@ static qg_status take_steps(const refresh *r, qg_subspace_report *report) {
         j->broken = !j->looking && !usual(j, r->rank, r->rank <= r->other);
         report->energy_old = share(j, j->seen.first_squares);
         report->energy_new = share(j, j->seen.product_squares);
-        if (report->energy_old >= SECOND_STEP * report->energy_new) {
+        before = report->power_steps == 1 ? report->energy_old : before;
+        if (r->steps == 0 && before >= ENOUGH[report->power_steps - 1] * report->energy_new) {
             break;
         }
+        before = report->energy_new;
     }
     return status;
 }

@@ -18,6 +18,7 @@ _CLOSE = 1e-5
 _FAR = 0.5
 _SHIFT = 1e-6
 _LEAST = 1e-60
+_ENOUGH = (0.9, 0.97, 0.0)  # energy before over energy after a step, from which no further one is taken
 
 
 def orthonormalise(matrix: Tensor) -> tuple[Tensor, bool]:
@@ -86,7 +87,7 @@ def subspace_refresh(
     fallbacks = int(fallback)
     product = times(rounded, y)
     energy = energy_old = _squares(product) / total
-    taken, most = 0, steps or 2
+    taken, most = 0, steps or len(_ENOUGH)
     while taken < most:
         if not _squares(product) >= _LEAST:
             return kept
@@ -98,9 +99,9 @@ def subspace_refresh(
         y, fallback = orthonormalise(times(rounded.t(), z))
         fallbacks += int(fallback)
         product = times(rounded, y)
-        energy = _squares(product) / total
+        before, energy = energy, _squares(product) / total
         taken += 1
-        if steps == 0 and energy_old >= 0.9 * energy:
+        if steps == 0 and before >= _ENOUGH[taken - 1] * energy:
             break
     return Refresh(y.t().contiguous(), False, taken, fallbacks, min(energy_old, 1.0), min(energy, 1.0))
 
