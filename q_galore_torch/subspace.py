@@ -163,13 +163,16 @@ def cold_basis(
     return None if found is None else found._replace(vectors=canonical_signs(found.vectors))
 
 
-def captured_energy(gradient: Tensor, right: Tensor | None = None, left: Tensor | None = None) -> float:
+def captured_energy(
+    gradient: Tensor, right: Tensor | None = None, left: Tensor | None = None, compute_dtype: str = "float32"
+) -> float:
     """The share of the gradient's energy that bases capture, see :func:`q_galore_torch.ops.captured_energy`.
 
     Args:
         gradient: [m, n], any float dtype, finite.
         right: float32 [r, n], decoded; None (default): no right basis.
         left: float32 [r, m], likewise.
+        compute_dtype: of the products with the gradient, default ``"float32"``.
 
     Returns:
         The share in [0, 1], 0 for a zero gradient.
@@ -177,7 +180,7 @@ def captured_energy(gradient: Tensor, right: Tensor | None = None, left: Tensor 
     Raises:
         ValueError: the gradient is not finite, a shape does not fit, or there is no basis.
     """
-    return ops.captured_energy(gradient.contiguous(), right, left)
+    return ops.captured_energy(gradient.contiguous(), right, left, compute_dtype)
 
 
 def canonical_signs(vectors: Tensor) -> Tensor:

@@ -86,15 +86,17 @@ def refresh(
     state["refreshes"] += 1
     state["last_refresh"] = step
     state["qr_fallbacks"] += sum(basis.fallbacks for basis in bases)
-    state["measured"][CAPTURED] = _captured(gradient, shapes, bases)
+    state["measured"][CAPTURED] = _captured(gradient, shapes, bases, group["compute_dtype"])
     return True
 
 
-def _captured(gradient: Tensor | None, shapes: Projection, bases: list[subspace.Basis]) -> float:
+def _captured(gradient: Tensor | None, shapes: Projection, bases: list[subspace.Basis], compute_dtype: str) -> float:
     """The share of the gradient's energy that new bases capture."""
     if gradient is None or math.isnan(bases[0].energy):
         return UNMEASURED  # they were not made from it
-    return bases[0].energy if len(bases) == 1 else energy(gradient, shapes, [basis.vectors for basis in bases])
+    if len(bases) == 1:
+        return bases[0].energy
+    return energy(gradient, shapes, [basis.vectors for basis in bases], compute_dtype)
 
 
 def _new_bases(
@@ -176,10 +178,11 @@ def _advance(state: dict[str, Any], group: dict[str, Any], step: int, first_vect
 # ---------------------------------------------------------------- the lazy rules
 
 
-def energy(gradient: Tensor, shapes: Projection, bases: list[Tensor]) -> float:
+def energy(gradient: Tensor, shapes: Projection, bases: list[Tensor], compute_dtype: str) -> float:
     """The share of a full gradient's energy [m, n] that the spans of decoded bases capture."""
     by_side = {side: basis for (_, side, _), basis in zip(shapes.sides, bases, strict=True)}
-    return subspace.captured_energy(gradient, by_side.get(subspace.RIGHT), by_side.get(subspace.LEFT))
+    right, left = by_side.get(subspace.RIGHT), by_side.get(subspace.LEFT)
+    return subspace.captured_energy(gradient, right, left, compute_dtype)
 
 
 def compare(state: dict[str, Any], group: dict[str, Any], shapes: Projection, gradient: Tensor) -> None:
@@ -194,8 +197,10 @@ def compare(state: dict[str, Any], group: dict[str, Any], shapes: Projection, gr
         gradient: of the step after the refresh, [m, n], finite and not all zero.
     """
     chance = shapes.chance
-    new = energy(gradient, shapes, decoded_bases(state, group, shapes))
-    old = energy(gradient, shapes, decoded_bases(state, group, shapes, past=True))
+    new, old = (
+        energy(gradient, shapes, decoded_bases(state, group, shapes, past), group["compute_dtype"])
+        for past in (False, True)
+    )
     found = new - chance
     # Of k x d independent normal entries, r vectors capture a share Beta(k r / 2, k (d - r) / 2).
     deviation = math.sqrt(2 * chance * (1 - chance) / gradient.numel())

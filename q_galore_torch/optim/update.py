@@ -169,9 +169,8 @@ def _finish(items: list[Work], weights: list[Tensor], stats: Tensor) -> None:
         item.state["bias_step"] += 1
         target = item.target
         if weight.data_ptr() != target.weight.data_ptr():
-            target.weight.copy_(
-                weight.view(target.weight.shape)
-            )  # a parameter that is not contiguous; copy_ counts as a write by itself
+            # A parameter that is not contiguous; copy_ counts as a write by itself.
+            target.weight.copy_(weight.view(target.weight.shape))
             continue
         # The operators do not count their writes; a zero leaf must not be counted.
         written += [t for t in (target.weight, target.scales, target.zeros) if t is not None]
