@@ -224,8 +224,6 @@ def _stretch(state: dict[str, Any], group: dict[str, Any], similarity: float) ->
         multiple = math.ceil(gap * group["gamma_proj"] / base)
         gap = base * min(multiple, longest_gap(group) // base)
         queue = []
-    if gap < state["gap"]:
-        queue = []
     state["gap"], state["queue"] = gap, torch.tensor(queue, dtype=torch.float64)
 
 
