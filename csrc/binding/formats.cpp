@@ -1,6 +1,6 @@
 // formats.cpp - ops that encode, decode and measure tensors.
+#include <algorithm>
 #include <climits>
-#include <cstring>
 #include <tuple>
 
 #include "common.h"
@@ -70,8 +70,8 @@ std::tuple<Tensor, Tensor, Tensor> projector_quantize(const Tensor &basis, int64
     Tensor scales = empty(layout.scales, ScalarType::BFloat16);
     Tensor zeros = empty(layout.zeros, ScalarType::Byte);
     if (basis.numel() == 0) { // the core writes nothing then; with block 0 there is a scale all the same
-        std::memset(scales.data_ptr(), 0, static_cast<size_t>(scales.numel()) * 2);
-        std::memset(zeros.data_ptr(), 0, static_cast<size_t>(zeros.numel()));
+        std::fill_n(static_cast<uint16_t *>(scales.data_ptr()), scales.numel(), uint16_t{0});
+        std::fill_n(static_cast<uint8_t *>(zeros.data_ptr()), zeros.numel(), uint8_t{0});
     }
     const qg_projector view = projector_of(op, PROJECTOR, -1, codes, scales, zeros, format, block, dim);
     check_status(op, qg_projector_quantize(&view, static_cast<const float *>(basis.data_ptr()), backend()));
