@@ -186,7 +186,8 @@ BAD_GROUP = [
     (dict(norm_growth_limit=float("inf")), "norm_growth_limit must be a number >= 1 or None, got inf"),
     (dict(moments="turn"), "moments must be 'keep' or 'rotate' or 'reset', got 'turn'"),
     (dict(cos_threshold=1.5), r"cos_threshold must be a number in \[-1, 1\], got 1.5"),
-    (dict(gamma_proj=0.5), "gamma_proj must be a number >= 1, got 0.5"),
+    (dict(gamma_proj=0.5), r"gamma_proj must be a number in \[1, 2\*\*31\), got 0.5"),
+    (dict(gamma_proj=1e308), r"gamma_proj must be a number in \[1, 2\*\*31\), got 1e\+308"),  # times a gap: infinity
     (dict(queue_size=0), "queue_size must be an integer >= 1, got 0"),
     (dict(seed=3), r"seed is an option of the constructor, not of a group \(got 3\)"),
     (dict(update_proj_gab=3), "unknown group option update_proj_gab=3; allowed: .*update_proj_gap.*"),
