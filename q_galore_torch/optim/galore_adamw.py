@@ -267,11 +267,11 @@ class QGaLoreAdamW8bit(Optimizer):
     def _refresh(self, item: Work, gradient: Tensor | None, step: int, due: bool) -> None:
         """Compare two bases, then find a new one, where either waits; ``step`` is the parameter's own."""
         assert item.shapes is not None
-        start = time.perf_counter()
+        start, gap = time.perf_counter(), item.state["gap"]
         if gradient is not None and schedule.is_pending(item.state):
             schedule.compare(item.state, item.group, item.shapes, gradient)
         if due:
-            schedule.refresh(item.state, item.group, item.shapes, gradient, step=step, low_rank=item.low_rank)
+            schedule.refresh(item.state, item.group, item.shapes, gradient, step=step, gap=gap, low_rank=item.low_rank)
         self._seconds[item.state["id"]] += time.perf_counter() - start
 
     def _refresh_after(self, item: Work, due: bool) -> None:
