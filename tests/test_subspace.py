@@ -458,7 +458,7 @@ def test_stagger_stride_is_coprime_and_nearest(gap: int) -> None:
 
 @pytest.mark.parametrize("gap", [2**31 - 1, 2**31 - 2, 223_092_870, 1_000_000])
 def test_a_gap_longer_than_any_run_has_its_stride_at_once(gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All numbers up to the gap were tried: minutes at 10^9, the way to say "never". 223092870 has nine prime factors."""
+    """All numbers up to the gap were tried: minutes at 10^9, the way to say "never". 223092870 has nine primes."""
     calls, gcd = [], math.gcd
 
     def counted(a: int, b: int) -> int:

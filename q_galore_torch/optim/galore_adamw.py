@@ -346,13 +346,17 @@ class QGaLoreAdamW8bit(Optimizer):
             if "param_names" not in own:
                 group.pop("param_names", None)
             groups.append(group)
+            if (own["rank"] is None) == (group["rank"] is None):
+                try:
+                    options.check_saved(group)
+                except ValueError as error:
+                    raise ValueError(f"group {index} of the state dict: {error}") from None
             for position, (parameter, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
                 name = _name(own, index, position)
                 if key not in state_dict["state"]:
                     raise ValueError(f"the state dict has no state for {name}")
                 if (own["rank"] is None) != (group["rank"] is None):
                     raise ValueError(f"the rank of {name} must be {own['rank']}, got {group['rank']} in the state dict")
-                options.check_settings([group])
                 entry, target = state_dict["state"][key], target_of(parameter, name)
                 refuse_parameter(parameter, target, group, name)
                 template = new_state(

@@ -244,6 +244,19 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     return {**checked, **_check_projected(options)}
 
 
+def check_saved(group: dict[str, Any]) -> None:
+    """Check the options of a state dict's group, whose names are canonical already, and make its values canonical.
+
+    Raises:
+        ValueError: naming key, value and what is allowed; the group is unchanged then.
+    """
+    known = {**COMMON, **{key: GLOBAL[key] for key in KEPT}}
+    checked = {key: option.check(key, group[key]) for key, option in known.items()}
+    if group["rank"] is not None:
+        checked.update(_check_values(group))
+    group.update(checked)
+
+
 def check_settings(groups: Sequence[dict[str, Any]]) -> None:
     """Check what schedulers and users change between steps, in all groups before any of them is touched.
 
@@ -271,15 +284,20 @@ def _refuse_unknown(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
 def _check_projected(options: dict[str, Any]) -> dict[str, Any]:
     options["proj_format"], options["proj_block"] = _projector_format(options)
+    checked = _check_values(options)
+    if checked["lazy_rule"] != "upstream" and options.get("cos_threshold") is not None:
+        _warn_once(
+            f"cos_threshold acts only under lazy_rule='upstream'; lazy_rule={checked['lazy_rule']!r} does not read it"
+        )
+    return checked
+
+
+def _check_values(options: Mapping[str, Any]) -> dict[str, Any]:
     checked = {key: option.check(key, options.get(key, option.default)) for key, option in PROJECTED.items()}
     longest = checked["max_proj_gap"]
     if longest is not None and longest < checked["update_proj_gap"]:
         gap = checked["update_proj_gap"]
         raise _refuse("max_proj_gap", longest, f"at least update_proj_gap={gap}, or None for {_GAPS} times that")
-    if checked["lazy_rule"] != "upstream" and options.get("cos_threshold") is not None:
-        _warn_once(
-            f"cos_threshold acts only under lazy_rule='upstream'; lazy_rule={checked['lazy_rule']!r} does not read it"
-        )
     return checked
 
 
