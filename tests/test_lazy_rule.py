@@ -197,6 +197,15 @@ def test_a_whole_side_does_not_hide_what_both_sides_capture() -> None:
             assert opt.telemetry()[0]["captured_energy"] == pytest.approx(energy(weight.grad, right), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_refresh_or_comparison_takes_none_of_their_time(kind: Kind) -> None:
+    """A plain parameter's seconds grew in every step, so that a log of what changed had every matrix in every step."""
+    log = run(kind(update_proj_gap=8), signal(), 18)
+    idle = [step for step in range(1, 18) if step % 8 > 1]
+    assert len({entry["seconds"] for entry in log}) > 2
+    assert [log[step] for step in idle] == [{**log[step - 1], "step": step + 1} for step in idle]
+
+
 def test_random_subspaces_are_not_compared() -> None:
     target = Leaf(subspace="random")
     log = run(target, signal(), 30)

@@ -267,6 +267,8 @@ class QGaLoreAdamW8bit(Optimizer):
     def _refresh(self, item: Work, gradient: Tensor | None, step: int, due: bool) -> None:
         """Compare two bases, then find a new one, where either waits; ``step`` is the parameter's own."""
         assert item.shapes is not None
+        if not (due or schedule.is_pending(item.state)):
+            return
         start, gap = time.perf_counter(), item.state["gap"]
         if gradient is not None and schedule.is_pending(item.state):
             schedule.compare(item.state, item.group, item.shapes, gradient)
