@@ -174,6 +174,23 @@ def test_a_zero_gradient_leaves_the_two_bases_waiting() -> None:
         assert target.opt.state[target.parameter]["past_proj_codes"].numel() == 0
 
 
+@pytest.mark.parametrize("subspace", ["warm", "svd"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_orthogonal_to_the_whole_basis_gets_a_new_one(kind: Kind, subspace: str) -> None:
+    """Inputs of another kind, or other units alive: R is exactly zero, and no power step leads out of the old basis.
+
+    The matrix was due for ever after and learned nothing more; only a plain one with ``svd`` came out of it.
+    """
+    target, stream = kind(subspace=subspace), signal()
+    half = torch.arange(COLS) < COLS // 2
+    for step in range(3 * GAP):
+        gradient = next(stream)
+        entry = target.step(torch.where(half if step < 2 * GAP else ~half, gradient, 0.0))
+        assert entry["last_refresh"] == step // GAP * GAP
+    assert energy(gradient * ~half, decoded(target)) > 0.9
+    assert entry["captured_energy"] > 0.9 and entry["similarity"] == 0.0
+
+
 def test_a_refresh_every_step_is_compared_before_the_next_one() -> None:
     for kind in KINDS:
         log = run(kind(update_proj_gap=1, queue_size=100), signal(), 12)

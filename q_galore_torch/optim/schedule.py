@@ -145,7 +145,9 @@ def _new_basis(
         if basis is None or upstream:
             return basis
         return basis._replace(vectors=subspace.matching_signs(basis.vectors, old))
-    return subspace.refresh_basis(gradient, side, old, subspace.COLD_STEPS if first else None, dtype)
+    warm = subspace.refresh_basis(gradient, side, old, subspace.COLD_STEPS if first else None, dtype)
+    # No power step leads out of a basis to all of which the gradient is orthogonal.
+    return subspace.cold_basis(gradient, side, rank, seed, id, dtype) if warm is None else warm
 
 
 def decoded_bases(state: dict[str, Any], group: dict[str, Any], shapes: Projection, past: bool = False) -> list[Tensor]:
