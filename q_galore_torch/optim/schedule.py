@@ -84,7 +84,8 @@ def refresh(
                 state[f"past_{name}_{part}"] = stored.clone()
             stored.copy_(value)
     moments.carry_over(state, group, old, lambda: decoded_bases(state, group, shapes))
-    _advance(state, group, step, gap, bases[0].vectors[0])
+    renewed = next((basis for basis in bases if len(basis.vectors) < basis.vectors.shape[1]), bases[0])
+    _advance(state, group, step, gap, renewed.vectors[0])
     state["refreshes"] += 1
     state["last_refresh"] = step
     state["qr_fallbacks"] += sum(basis.fallbacks for basis in bases)
