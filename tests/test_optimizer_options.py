@@ -157,30 +157,31 @@ def test_constructor_refuses(options: dict[str, Any], message: str) -> None:
 
 
 BAD_GROUP = [
-    (dict(rank=0), "rank must be an integer >= 1, got 0"),
-    (dict(rank=2.5), "rank must be an integer >= 1, got 2.5"),
-    (dict(update_proj_gap=0), "update_proj_gap must be an integer >= 1, got 0"),
+    (dict(rank=0), r"rank must be an integer in \[1, 2\*\*31\), got 0"),
+    (dict(rank=2.5), r"rank must be an integer in \[1, 2\*\*31\), got 2.5"),
+    (dict(update_proj_gap=0), r"update_proj_gap must be an integer in \[1, 2\*\*31\), got 0"),
+    (dict(update_proj_gap=10**10), r"update_proj_gap must be an integer in \[1, 2\*\*31\), got 10000000000"),
     (dict(scale=float("inf")), "scale must be a finite number, got inf"),
     (dict(proj_type="up"), "proj_type must be 'std' or 'reverse_std' or 'right' or 'left' or 'full', got 'up'"),
     (dict(proj_format="int2"), "proj_format must be 'float32' or 'bfloat16' or 'int8' or .* or 'nf4', got 'int2'"),
-    (dict(proj_block=-1), "proj_block must be an integer >= 0, got -1"),
-    (dict(proj_format="float32", proj_block=-1), "proj_block must be an integer >= 0, got -1"),
+    (dict(proj_block=-1), r"proj_block must be an integer in \[0, 2\*\*31\), got -1"),
+    (dict(proj_format="float32", proj_block=-1), r"proj_block must be an integer in \[0, 2\*\*31\), got -1"),
     (dict(quant=True, proj_format="int4"), "proj_format and quant describe the projector's format twice.*"),
     (dict(quantize_type="4bit", proj_block=64), "proj_block and quantize_type describe .* twice.*"),
     (dict(quantize_type="4bit", quant_n_bit=4), "quant_n_bit and quantize_type describe .* twice.*"),
     (dict(quantize_type="4bit", proj_quantize_type="4bit"), "quantize_type and proj_quantize_type describe .* twice.*"),
     (dict(quant_n_bit=3), "quant_n_bit must be 4 or 8, got 3"),
-    (dict(quant_group_size=-1), "quant_group_size must be an integer >= 0, got -1"),
+    (dict(quant_group_size=-1), r"quant_group_size must be an integer in \[0, 2\*\*31\), got -1"),
     (dict(quantize_type="2bit"), "quantize_type must be None or '4bit' or '8bit' or '8bit_blockwise', got '2bit'"),
     (dict(proj_quantize_type=4), "proj_quantize_type must be None or '4bit' or '8bit' or '8bit_blockwise', got 4"),
-    (dict(quantize_type="4bit", quantize_blocksz=-1), "quantize_blocksz must be an integer >= 0, got -1"),
+    (dict(quantize_type="4bit", quantize_blocksz=-1), r"quantize_blocksz must be an integer in \[0, 2\*\*31\), got -1"),
     (dict(quantize_blocksz=64), "quantize_blocksz=64 needs quantize_type: None or '4bit' or .*"),
     (dict(proj_quantize_type="9", quantize_blocksz=4), "quantize_blocksz and proj_quantize_type describe .* twice.*"),
     (dict(subspace="qr"), "subspace must be 'warm' or 'svd' or 'random', got 'qr'"),
     (dict(lazy_rule="cosine"), "lazy_rule must be 'energy' or 'upstream' or 'fixed', got 'cosine'"),
     (dict(energy_threshold=0), r"energy_threshold must be a number in \(0, 1\], got 0"),
     (dict(energy_threshold=1.5), r"energy_threshold must be a number in \(0, 1\], got 1.5"),
-    (dict(max_proj_gap=0), "max_proj_gap must be an integer >= 1 or None, got 0"),
+    (dict(max_proj_gap=0), r"max_proj_gap must be an integer in \[1, 2\*\*31\) or None, got 0"),
     (dict(max_proj_gap=100), "max_proj_gap must be at least update_proj_gap=200, or None for 16 times that, got 100"),
     (dict(norm_growth_limit=0.99), "norm_growth_limit must be a number >= 1 or None, got 0.99"),
     (dict(norm_growth_limit=float("inf")), "norm_growth_limit must be a number >= 1 or None, got inf"),
@@ -188,7 +189,7 @@ BAD_GROUP = [
     (dict(cos_threshold=1.5), r"cos_threshold must be a number in \[-1, 1\], got 1.5"),
     (dict(gamma_proj=0.5), r"gamma_proj must be a number in \[1, 2\*\*31\), got 0.5"),
     (dict(gamma_proj=1e308), r"gamma_proj must be a number in \[1, 2\*\*31\), got 1e\+308"),  # times a gap: infinity
-    (dict(queue_size=0), "queue_size must be an integer >= 1, got 0"),
+    (dict(queue_size=0), r"queue_size must be an integer in \[1, 2\*\*31\), got 0"),
     (dict(seed=3), r"seed is an option of the constructor, not of a group \(got 3\)"),
     (dict(update_proj_gab=3), "unknown group option update_proj_gab=3; allowed: .*update_proj_gap.*"),
 ]
@@ -270,6 +271,12 @@ def test_a_learning_rate_may_be_a_tensor_of_one_element() -> None:
         (dict(eps=0.0), "eps must be a number > 0, got 0.0"),
         (dict(weight_decay=float("nan")), "weight_decay must be a number >= 0, got nan"),
         (dict(scale=float("inf")), "scale must be a finite number, got inf"),
+        # A gap of 0 divided by zero at a later refresh, with other bases replaced already.
+        (dict(update_proj_gap=0), r"update_proj_gap must be an integer in \[1, 2\*\*31\), got 0"),
+        (
+            dict(update_proj_gap=400, max_proj_gap=300),
+            "max_proj_gap must be at least update_proj_gap=400, or .*, got 300",
+        ),
     ],
 )
 def test_a_setting_that_became_invalid_stops_the_step_before_any_write(change: dict[str, Any], message: str) -> None:

@@ -222,7 +222,8 @@ class QGaLoreAdamW8bit(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a group's ``lr``, ``betas``, ``eps``, ``weight_decay`` or ``scale`` has become invalid.
+            ValueError: a group's ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``, ``update_proj_gap`` or
+                ``max_proj_gap`` has become invalid.
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then.
             RuntimeError: something else wrote to the layers' zero leaves.
         """
