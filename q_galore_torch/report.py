@@ -158,7 +158,7 @@ def _read(log: Path) -> _Run:
 def _follow(layers: dict[str, _Layer], step: int, entry: dict[str, Any]) -> None:
     """Take one entry into the series of its layer."""
     refreshes = _number(entry.get("refreshes"))
-    if refreshes is None or refreshes <= 0:
+    if refreshes is None or not 0 < refreshes < 2**53:
         return
     name = entry["name"]
     layer = layers.setdefault(name, _Layer(name, _order(name, entry.get("id"))))

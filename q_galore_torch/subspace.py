@@ -205,7 +205,10 @@ def stagger_phase(number: int, gap: int) -> int:
 @lru_cache
 def _stagger_stride(gap: int) -> int:
     target = 0.618 * gap
-    return min((q for q in range(1, gap + 1) if math.gcd(q, gap) == 1), key=lambda q: (abs(q - target), q))
+    # A gap below 2^31 has at most nine prime factors, so that one of any 40 integers in a row is coprime to it
+    # (Jacobsthal's function).
+    near = range(max(1, int(target) - 40), min(gap, int(target) + 40) + 1)
+    return min((q for q in near if math.gcd(q, gap) == 1), key=lambda q: (abs(q - target), q))
 
 
 def first_refresh_steps(count: int) -> list[int]:

@@ -174,11 +174,53 @@ def test_a_zero_gradient_leaves_the_two_bases_waiting() -> None:
         assert target.opt.state[target.parameter]["past_proj_codes"].numel() == 0
 
 
+@pytest.mark.parametrize("subspace", ["warm", "svd"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_orthogonal_to_the_whole_basis_gets_a_new_one(kind: Kind, subspace: str) -> None:
+    """Inputs of another kind, or other units alive: R is exactly zero, and no power step leads out of the old basis.
+
+    The matrix was due for ever after and learned nothing more; only a plain one with ``svd`` came out of it.
+    """
+    target, stream = kind(subspace=subspace), signal()
+    half = torch.arange(COLS) < COLS // 2
+    for step in range(3 * GAP):
+        gradient = next(stream)
+        entry = target.step(torch.where(half if step < 2 * GAP else ~half, gradient, 0.0))
+        assert entry["last_refresh"] == step // GAP * GAP
+    assert energy(gradient * ~half, decoded(target)) > 0.9
+    assert entry["captured_energy"] > 0.9 and entry["similarity"] == 0.0
+
+
 def test_a_refresh_every_step_is_compared_before_the_next_one() -> None:
     for kind in KINDS:
         log = run(kind(update_proj_gap=1, queue_size=100), signal(), 12)
         assert [entry["refreshes"] for entry in log] == list(range(1, 13))
         assert [entry["similarity"] is None for entry in log] == [True, True] + 10 * [False]
+
+
+def test_a_whole_side_does_not_hide_what_both_sides_capture() -> None:
+    """At rank 4 of 4 x 40 only the right basis is renewed; it is the one that leaves something out."""
+    generator, weight = torch.Generator().manual_seed(0), nn.Parameter(torch.zeros(4, 40))
+    group = {"params": [weight], "rank": 4, "proj_type": "full", "update_proj_gap": 2, "proj_format": "float32"}
+    opt = qg.QGaLoreAdamW8bit([group], lr=0.0)
+    for step in range(5):
+        weight.grad = torch.randn(4, 40, generator=generator)
+        opt.step()
+        if step % 2 == 0:
+            state = opt.state[weight]
+            right = ops.projector_dequantize(
+                *(state[f"right_{p}"] for p in ("codes", "scales", "zeros")), "float32", 256, 40
+            )
+            assert opt.telemetry()[0]["captured_energy"] == pytest.approx(energy(weight.grad, right), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_without_refresh_or_comparison_takes_none_of_their_time(kind: Kind) -> None:
+    """A plain parameter's seconds grew in every step, so that a log of what changed had every matrix in every step."""
+    log = run(kind(update_proj_gap=8), signal(), 18)
+    idle = [step for step in range(1, 18) if step % 8 > 1]
+    assert len({entry["seconds"] for entry in log}) > 2
+    assert [log[step] for step in idle] == [{**log[step - 1], "step": step + 1} for step in idle]
 
 
 def test_random_subspaces_are_not_compared() -> None:
@@ -206,6 +248,18 @@ def test_the_queue_is_cleared_at_each_stretch() -> None:
 def test_gaps_are_whole_multiples_of_the_base_gap_and_the_cap_is_one_too() -> None:
     gaps = {entry["gap"] for entry in run(Plain(gamma_proj=1.3, queue_size=1, max_proj_gap=23), signal(), 150)}
     assert gaps == {4, 8, 12, 16, 20}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gap_stretched_in_a_due_step_counts_from_that_step(kind: Kind) -> None:
+    """It counted from a step later by the new gap less the old one. With a gap of 1 every step compares and is due."""
+    log = run(kind(update_proj_gap=1, queue_size=1, max_proj_gap=4), signal(), 16)
+    assert refresh_steps(log) == [0, 1, 2, 6, 10, 14]
+    target, stream, log = kind(queue_size=1, max_proj_gap=8), signal(), []
+    for step in range(26):  # the comparison waits through three empty gradients until the next basis is due
+        gradient = next(stream)
+        log.append(target.step(torch.zeros(ROWS, COLS) if step in (5, 6, 7) else gradient))
+    assert refresh_steps(log) == [0, 4, 8, 16, 24]
 
 
 def test_the_threshold_decides() -> None:

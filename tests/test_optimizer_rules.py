@@ -200,6 +200,23 @@ def test_lazy_rule_upstream_is_the_public_one() -> None:
     assert report[0]["similarity"] == pytest.approx(queue[-1])
 
 
+def test_lazy_rule_upstream_judges_the_side_that_is_renewed() -> None:
+    """With both sides of 4 x 40 at rank 4 the left basis is never renewed: its cosine was 1 and stretched every gap."""
+    generator, weight = torch.Generator().manual_seed(0), nn.Parameter(torch.zeros(4, 40))
+    group = {"params": [weight], "rank": 4, "proj_type": "full", "update_proj_gap": 2, "lazy_rule": "upstream"}
+    opt, past = qg.QGaLoreAdamW8bit([{**group, "cos_threshold": 0.9, "queue_size": 1}]), None
+    for step in range(9):
+        weight.grad = torch.randn(4, 40, generator=generator)
+        opt.step()
+        if step % 2 == 0:
+            vector = torch.linalg.svd(weight.grad, full_matrices=False)[2][0]
+            if past is not None:
+                cosine = F.cosine_similarity(past, vector, dim=0).item()
+                assert opt.telemetry()[0]["similarity"] == pytest.approx(cosine, abs=1e-5)
+            past = vector
+    assert opt.telemetry()[0]["gap"] == 2
+
+
 def test_fixed_rule_never_moves_the_gap() -> None:
     weight = nn.Parameter(torch.zeros(24, 16))
     opt = qg.QGaLoreAdamW8bit([{"params": [weight], "rank": 4, "update_proj_gap": 2, "lazy_rule": "fixed"}])

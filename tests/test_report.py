@@ -346,6 +346,7 @@ def test_no_losses_at_all_is_no_data(tmp_path: Path) -> None:
 
 def test_entries_of_the_wrong_kind_are_left_out(tmp_path: Path) -> None:
     odd = [None, 3, {"name": 4, "refreshes": 1}, {"name": "x", "refreshes": "many"}, {"name": "y", "refreshes": True}]
+    odd.append({"name": "z", "refreshes": 1e299})  # too large to be drawn
     bad = matrix(gap="wide", similarity=[1], captured_energy={}, held_out_energy="", seconds=None)
     rows = [{"kind": "telemetry", "step": 1, "parameters": 7}, telemetry(2, *odd, bad)]  # type: ignore[arg-type]
     rows.append({"kind": "run", "step": 2, "name": 5, "flags": []})

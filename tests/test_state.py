@@ -200,6 +200,16 @@ def test_copies_of_model_and_optimizer_train_alike(order: str, way: str) -> None
         (lambda s, k: s["state"][k].update(exp_avg=torch.zeros(8, 80)), "exp_avg of .* must be a torch.uint8 tensor"),
         (lambda s, k: s["state"][k].update(proj_codes=torch.zeros(2, 2).byte()), "proj_codes of .* must have shape"),
         (lambda s, k: s["param_groups"][1].update(proj_format="int8"), "proj_codes of .* must have shape"),
+        # Of a damaged or edited state dict; loaded, they did something else or failed in a later step.
+        (
+            lambda s, k: s["param_groups"][1].update(queue_size=0),
+            "group 1 of the state dict: queue_size must be an int",
+        ),
+        (lambda s, k: s["param_groups"][1].update(max_proj_gap=1), "group 1 of .*: max_proj_gap must be at least"),
+        (lambda s, k: s["param_groups"][1].update(lazy_rule="none"), "group 1 of .*: lazy_rule must be 'energy' or"),
+        (lambda s, k: s["param_groups"][1].update(rank="many"), "group 1 of .*: rank must be an integer"),
+        (lambda s, k: s["param_groups"][0].update(nonfinite="?"), "group 0 of .*: nonfinite must be 'raise' or 'skip'"),
+        (lambda s, k: s["param_groups"][0].update(lr=-1.0), "group 0 of .*: lr must be a number >= 0, got -1.0"),
     ],
 )
 def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(change: Any, message: str) -> None:

@@ -456,6 +456,25 @@ def test_stagger_stride_is_coprime_and_nearest(gap: int) -> None:
     assert len({subspace.stagger_phase(i, gap) for i in range(count)}) == count
 
 
+@pytest.mark.parametrize("gap", [2**31 - 1, 2**31 - 2, 223_092_870, 1_000_000])
+def test_a_gap_longer_than_any_run_has_its_stride_at_once(gap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All numbers up to the gap were tried: minutes at 10^9, the way to say "never". 223092870 has nine primes."""
+    calls, gcd = [], math.gcd
+
+    def counted(a: int, b: int) -> int:
+        calls.append(a)
+        assert len(calls) < 1000
+        return gcd(a, b)
+
+    monkeypatch.setattr(math, "gcd", counted)
+    stride = subspace.stagger_phase(1, gap)
+    monkeypatch.undo()
+    assert math.gcd(stride, gap) == 1
+    reach = abs(stride - 0.618 * gap)
+    nearer = [q for q in range(stride - 100, stride + 100) if abs(q - 0.618 * gap) < reach]
+    assert reach < 50 and all(math.gcd(q, gap) != 1 for q in nearer)
+
+
 def test_stagger_of_56_matrices_at_gap_200_refreshes_at_most_two_at_once() -> None:
     for count, gap in ((56, 200), (56, 50), (300, 200), (5, 7)):
         busy = collections.Counter(subspace.stagger_phase(i, gap) for i in range(count))

@@ -74,7 +74,8 @@ class Binding:
             self.stash, self._accumulated = None, False
 
     def _mark(self, leaf: Tensor) -> None:
-        self._accumulated = True
+        # An R that is zero by itself, as G is orthogonal to the basis, must not look like one that was zeroed.
+        self._accumulated = leaf.grad is not None and bool(leaf.grad.any())
 
     def drop(self) -> None:
         """Forget the stash; ``due`` stays."""

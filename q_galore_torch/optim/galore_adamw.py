@@ -222,7 +222,8 @@ class QGaLoreAdamW8bit(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: a group's ``lr``, ``betas``, ``eps``, ``weight_decay`` or ``scale`` has become invalid.
+            ValueError: a group's ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``, ``update_proj_gap`` or
+                ``max_proj_gap`` has become invalid.
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then.
             RuntimeError: something else wrote to the layers' zero leaves.
         """
@@ -267,11 +268,13 @@ class QGaLoreAdamW8bit(Optimizer):
     def _refresh(self, item: Work, gradient: Tensor | None, step: int, due: bool) -> None:
         """Compare two bases, then find a new one, where either waits; ``step`` is the parameter's own."""
         assert item.shapes is not None
-        start = time.perf_counter()
+        if not (due or schedule.is_pending(item.state)):
+            return
+        start, gap = time.perf_counter(), item.state["gap"]
         if gradient is not None and schedule.is_pending(item.state):
             schedule.compare(item.state, item.group, item.shapes, gradient)
         if due:
-            schedule.refresh(item.state, item.group, item.shapes, gradient, step=step, low_rank=item.low_rank)
+            schedule.refresh(item.state, item.group, item.shapes, gradient, step=step, gap=gap, low_rank=item.low_rank)
         self._seconds[item.state["id"]] += time.perf_counter() - start
 
     def _refresh_after(self, item: Work, due: bool) -> None:
@@ -346,13 +349,17 @@ class QGaLoreAdamW8bit(Optimizer):
             if "param_names" not in own:
                 group.pop("param_names", None)
             groups.append(group)
+            if (own["rank"] is None) == (group["rank"] is None):
+                try:
+                    options.check_saved(group)
+                except ValueError as error:
+                    raise ValueError(f"group {index} of the state dict: {error}") from None
             for position, (parameter, key) in enumerate(zip(own["params"], saved["params"], strict=True)):
                 name = _name(own, index, position)
                 if key not in state_dict["state"]:
                     raise ValueError(f"the state dict has no state for {name}")
                 if (own["rank"] is None) != (group["rank"] is None):
                     raise ValueError(f"the rank of {name} must be {own['rank']}, got {group['rank']} in the state dict")
-                options.check_settings([group])
                 entry, target = state_dict["state"][key], target_of(parameter, name)
                 refuse_parameter(parameter, target, group, name)
                 template = new_state(

@@ -133,7 +133,7 @@ _GAPS = 16  # the longest gap, in gaps
 
 def _proj_block(key: str, value: Any) -> int | None:
     """Elements that share a scale, 0 for the whole tensor; None stands for the format's default."""
-    return None if value is None else number(0, _int32, "an integer >= 0", integer=True)(key, value)
+    return None if value is None else number(0, _int32, "an integer in [0, 2**31)", integer=True)(key, value)
 
 
 # Options of every group; the constructor gives their defaults.
@@ -162,8 +162,8 @@ GLOBAL: dict[str, Option] = {
 KEPT = ("seed", "nonfinite", "compute_dtype", "min_8bit_size")
 # Options of a group with a rank.
 PROJECTED: dict[str, Option] = {
-    "rank": Option(None, number(1, _int32, "an integer >= 1", integer=True)),
-    "update_proj_gap": Option(200, number(1, _int32, "an integer >= 1", integer=True)),
+    "rank": Option(None, number(1, _int32, "an integer in [1, 2**31)", integer=True)),
+    "update_proj_gap": Option(200, number(1, _int32, "an integer in [1, 2**31)", integer=True)),
     "scale": Option(0.25, number(-math.inf, math.inf, "a finite number", open_ends="low high")),
     "proj_type": Option("std", choice(*PROJ_TYPES)),
     "proj_format": Option("int4", choice(*PROJ_FORMATS)),
@@ -172,9 +172,9 @@ PROJECTED: dict[str, Option] = {
     "lazy_rule": Option("energy", _lazy_rule),
     "energy_threshold": Option(0.85, number(0.0, 1.0, "a number in (0, 1]", open_ends="low")),
     "cos_threshold": Option(0.4, number(-1.0, 1.0, "a number in [-1, 1]")),
-    "gamma_proj": Option(2.0, number(1.0, math.inf, "a number >= 1", open_ends="high")),
-    "queue_size": Option(5, number(1, _int32, "an integer >= 1", integer=True)),
-    "max_proj_gap": Option(None, _or_none(number(1, _int32, "an integer >= 1 or None", integer=True))),
+    "gamma_proj": Option(2.0, number(1.0, _int32, "a number in [1, 2**31)")),
+    "queue_size": Option(5, number(1, _int32, "an integer in [1, 2**31)", integer=True)),
+    "max_proj_gap": Option(None, _or_none(number(1, _int32, "an integer in [1, 2**31) or None", integer=True))),
     "moments": Option("keep", choice("keep", "rotate", "reset")),
     "norm_growth_limit": Option(None, _or_none(number(1.0, math.inf, "a number >= 1 or None", open_ends="high"))),
 }
@@ -189,6 +189,7 @@ _QUANTIZE_TYPES = {None: ("float32", 0), "4bit": ("fp4", 64), "8bit": ("fp8", 0)
 _HPML = (("quantize_type", "quantize_blocksz"), ("proj_quantize_type", "proj_quantize_blocksz"))
 _FORMAT_KEYS = (("proj_format", "proj_block"), tuple(_UPSTREAM_QUANT), *_HPML)
 _CHANGING = ("lr", "betas", "eps", "weight_decay")
+_CHANGING_PROJECTED = ("scale", "update_proj_gap", "max_proj_gap")
 # Keys that torch, its schedulers and its users put into groups; they are passed through.
 _PASSED = {
     *("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_lr", "swa_lr"),
@@ -244,6 +245,19 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
     return {**checked, **_check_projected(options)}
 
 
+def check_saved(group: dict[str, Any]) -> None:
+    """Check the options of a state dict's group, whose names are canonical already, and make its values canonical.
+
+    Raises:
+        ValueError: naming key, value and what is allowed; the group is unchanged then.
+    """
+    known = {**COMMON, **{key: GLOBAL[key] for key in KEPT}}
+    checked = {key: option.check(key, group[key]) for key, option in known.items()}
+    if group["rank"] is not None:
+        checked.update(_check_values(group))
+    group.update(checked)
+
+
 def check_settings(groups: Sequence[dict[str, Any]]) -> None:
     """Check what schedulers and users change between steps, in all groups before any of them is touched.
 
@@ -252,8 +266,10 @@ def check_settings(groups: Sequence[dict[str, Any]]) -> None:
     """
     checked = []
     for group in groups:
-        keys = _CHANGING if group["rank"] is None else (*_CHANGING, "scale")
+        keys = _CHANGING if group["rank"] is None else (*_CHANGING, *_CHANGING_PROJECTED)
         checked.append({key: {**COMMON, **PROJECTED}[key].check(key, group[key]) for key in keys})
+        if group["rank"] is not None:
+            _refuse_low_cap(checked[-1])
     for group, values in zip(groups, checked, strict=True):
         group.update(values)
 
@@ -271,16 +287,24 @@ def _refuse_unknown(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
 def _check_projected(options: dict[str, Any]) -> dict[str, Any]:
     options["proj_format"], options["proj_block"] = _projector_format(options)
-    checked = {key: option.check(key, options.get(key, option.default)) for key, option in PROJECTED.items()}
-    longest = checked["max_proj_gap"]
-    if longest is not None and longest < checked["update_proj_gap"]:
-        gap = checked["update_proj_gap"]
-        raise _refuse("max_proj_gap", longest, f"at least update_proj_gap={gap}, or None for {_GAPS} times that")
+    checked = _check_values(options)
     if checked["lazy_rule"] != "upstream" and options.get("cos_threshold") is not None:
         _warn_once(
             f"cos_threshold acts only under lazy_rule='upstream'; lazy_rule={checked['lazy_rule']!r} does not read it"
         )
     return checked
+
+
+def _check_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    checked = {key: option.check(key, options.get(key, option.default)) for key, option in PROJECTED.items()}
+    _refuse_low_cap(checked)
+    return checked
+
+
+def _refuse_low_cap(checked: Mapping[str, Any]) -> None:
+    longest, gap = checked["max_proj_gap"], checked["update_proj_gap"]
+    if longest is not None and longest < gap:
+        raise _refuse("max_proj_gap", longest, f"at least update_proj_gap={gap}, or None for {_GAPS} times that")
 
 
 def longest_gap(group: Mapping[str, Any]) -> int:

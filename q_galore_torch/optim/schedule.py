@@ -54,6 +54,7 @@ def refresh(
     gradient: Tensor | None,
     *,
     step: int,
+    gap: int,
     low_rank: bool,
 ) -> bool:
     """Compute the basis that is due, encode it into the state's projector in place, and set the next date.
@@ -64,6 +65,7 @@ def refresh(
         shapes: of its projection.
         gradient: full gradient [m, n], finite and not all zero; unused for ``subspace="random"``.
         step: the parameter's own step that the basis is due for.
+        gap: the one by which it is due: a comparison in the same step may have moved the state's since.
         low_rank: the parameter is a low-rank leaf.
 
     Returns:
@@ -82,7 +84,8 @@ def refresh(
                 state[f"past_{name}_{part}"] = stored.clone()
             stored.copy_(value)
     moments.carry_over(state, group, old, lambda: decoded_bases(state, group, shapes))
-    _advance(state, group, step, bases[0].vectors[0])
+    renewed = next((basis for basis in bases if len(basis.vectors) < basis.vectors.shape[1]), bases[0])
+    _advance(state, group, step, gap, renewed.vectors[0])
     state["refreshes"] += 1
     state["last_refresh"] = step
     state["qr_fallbacks"] += sum(basis.fallbacks for basis in bases)
@@ -92,7 +95,7 @@ def refresh(
 
 def _captured(gradient: Tensor | None, shapes: Projection, bases: list[subspace.Basis], compute_dtype: str) -> float:
     """The share of the gradient's energy that new bases capture."""
-    if gradient is None or math.isnan(bases[0].energy):
+    if gradient is None or all(math.isnan(basis.energy) for basis in bases):
         return UNMEASURED  # they were not made from it
     if len(bases) == 1:
         return bases[0].energy
@@ -145,7 +148,9 @@ def _new_basis(
         if basis is None or upstream:
             return basis
         return basis._replace(vectors=subspace.matching_signs(basis.vectors, old))
-    return subspace.refresh_basis(gradient, side, old, subspace.COLD_STEPS if first else None, dtype)
+    warm = subspace.refresh_basis(gradient, side, old, subspace.COLD_STEPS if first else None, dtype)
+    # No power step leads out of a basis to all of which the gradient is orthogonal.
+    return subspace.cold_basis(gradient, side, rank, seed, id, dtype) if warm is None else warm
 
 
 def decoded_bases(state: dict[str, Any], group: dict[str, Any], shapes: Projection, past: bool = False) -> list[Tensor]:
@@ -164,8 +169,7 @@ def decoded_bases(state: dict[str, Any], group: dict[str, Any], shapes: Projecti
     ]
 
 
-def _advance(state: dict[str, Any], group: dict[str, Any], step: int, first_vector: Tensor) -> None:
-    gap = state["gap"]
+def _advance(state: dict[str, Any], group: dict[str, Any], step: int, gap: int, first_vector: Tensor) -> None:
     if group["lazy_rule"] == "upstream":
         state["last_due"] = step // gap * gap
         _stretch_upstream(state, group, first_vector)
