@@ -189,11 +189,15 @@ qg_status qg_subspace_scratch_size(
     if (gemm_format != QG_FLOAT32 && gemm_format != QG_BFLOAT16) {
         return qg_fail(QG_UNSUPPORTED, "gemm_format %d: expected FLOAT32 or BFLOAT16", (int)gemm_format);
     }
-    if (rank > larger(rows, cols) || (sides != 1 && sides != 2) || bytes == NULL) {
+    if (rank > larger(rows, cols)) {
         return qg_fail(
-            QG_INVALID_ARGUMENT,
-            "expected a rank of at most %lld, 1 or 2 sides and a place for the size, got %lld, %d and %s",
-            (long long)larger(rows, cols), (long long)rank, (int)sides, bytes == NULL ? "NULL" : "one");
+            QG_INVALID_ARGUMENT, "rank: expected at most %lld, got %lld", (long long)larger(rows, cols),
+            (long long)rank);
+    }
+    if ((sides != 1 && sides != 2) || bytes == NULL) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "expected 1 or 2 sides and a place for the size, got %d and %s", (int)sides,
+            bytes == NULL ? "NULL" : "one");
     }
     *bytes = rows == 0 || cols == 0 || rank == 0 ? 0 : make_plan(rows, cols, rank, sides, linalg).bytes;
     return QG_SUCCESS;
