@@ -15,6 +15,7 @@
  * Numbers of the device (`numbers`) reach the host in look() alone. A job that looks does so before each decision; one
  * that does not assumes what is usual, and usual() checks that when it is done.
  */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -242,14 +243,18 @@ static void swap(job *j) {
     j->spare = other;
 }
 
-/* A power of two that brings max |G| to [1, 2); 1 where that is of ordinary size. */
+/* A power of two that brings max |G| to about 1; 1 where that is of ordinary size. Never a denormal, nor taken from one:
+ * the host may read denormals as zeros. */
 static float scale_of(float absmax) {
     int exponent;
     if (absmax >= SMALL && absmax <= LARGE) {
         return 1.0f;
     }
+    if (absmax < FLT_MIN) {
+        return 0x1p126f;
+    }
     frexpf(absmax, &exponent);
-    return ldexpf(1.0f, exponent < -125 ? 126 : 1 - exponent);
+    return ldexpf(1.0f, exponent > 127 ? -126 : 1 - exponent);
 }
 
 static qg_status gemm32(
@@ -478,7 +483,7 @@ static void measure_gradient(job *j) {
     if (j->looking) {
         look(j);
         const float absmax = j->seen.gradient_absmax;
-        j->broken = !(absmax > 0.0f) || isinf(absmax);
+        j->broken = !(j->seen.gradient_squares > 0.0) || isinf(absmax);
         j->scale = j->broken ? 1.0f : scale_of(absmax);
     }
 }
