@@ -269,8 +269,9 @@ static qg_status gemm32(
     int64_t b_col_stride,
     float *c,
     int64_t c_row_stride) {
-    return j->linalg->gemm(
+    const qg_status status = j->linalg->gemm(
         j->linalg->context, QG_FLOAT32, 0, m, n, k, a, a_row_stride, 1, b, b_row_stride, b_col_stride, c, c_row_stride);
+    return qg_from_linalg("gemm", status);
 }
 
 /* ---------------------------------------------------------------- orthonormal rows */
@@ -292,7 +293,7 @@ static qg_status make_gram(job *j, int64_t rank, int64_t length) {
 
 /* M <- L^-1 M with L L^T = gram. */
 static qg_status divide_by_root(job *j, int64_t rank, int64_t length, int32_t *failed) {
-    qg_status status = j->linalg->potrf(j->linalg, rank, j->gram, failed, j->work);
+    qg_status status = qg_from_linalg("potrf", j->linalg->potrf(j->linalg, rank, j->gram, failed, j->work));
     if (status == QG_SUCCESS && j->looking) {
         look(j);
         j->broken = j->seen.failed[0][0];
@@ -301,7 +302,7 @@ static qg_status divide_by_root(job *j, int64_t rank, int64_t length, int32_t *f
         }
     }
     if (status == QG_SUCCESS) {
-        status = j->linalg->trtri(j->linalg, rank, j->gram, j->inverse, j->work);
+        status = qg_from_linalg("trtri", j->linalg->trtri(j->linalg, rank, j->gram, j->inverse, j->work));
     }
     for (int64_t i = 0; status == QG_SUCCESS && i < rank; i += GRAM_ROWS) {
         const int64_t rows = smaller(GRAM_ROWS, rank - i);
@@ -314,7 +315,7 @@ static qg_status divide_by_root(job *j, int64_t rank, int64_t length, int32_t *f
 }
 
 static qg_status householder(job *j, int64_t rank, int64_t length) {
-    qg_status status = j->linalg->qr(j->linalg, rank, length, j->current, j->spare, j->work);
+    qg_status status = qg_from_linalg("qr", j->linalg->qr(j->linalg, rank, length, j->current, j->spare, j->work));
     if (status != QG_SUCCESS) {
         return status;
     }
@@ -436,9 +437,10 @@ static qg_status multiply_part(const job *j, int64_t rank, int along_rows, int64
         stride = cols;
     }
     void *target = (void *)element_at(product_of(j), j->gemm_format, first);
-    return j->linalg->gemm(
+    const qg_status status = j->linalg->gemm(
         j->linalg->context, j->gemm_format, 0, rank, count, length, factor, length, 1, g, along_rows ? 1 : stride,
         along_rows ? stride : 1, target, out);
+    return qg_from_linalg("gemm", status);
 }
 
 /* product = M G^T (along_rows, M [rank, cols]) or M G (M [rank, rows]) of M = current, and its squares. */

@@ -240,9 +240,11 @@ static void test_failing_gemm(void) {
         params.norm_growth_limit = cases[c].limit;
         memory before = first;
         products = (ref_gemm_context){0, cases[c].fail_at};
+        qg_galore_step(&task, -1, &params, scratch, sizeof scratch, cpu, &linalg); /* an older sentence */
         CHECK(
             qg_galore_step(&task, 1, &params, scratch, sizeof scratch, cpu, &linalg) == QG_INTERNAL, "case %d goes on",
             c);
+        CHECK(strstr(qg_last_error(), "linalg: gemm failed") != NULL, "case %d says '%s'", c, qg_last_error());
         CHECK(products.calls == cases[c].fail_at, "case %d: %lld products", c, (long long)products.calls);
         CHECK_BYTES(first.codes, before.codes, sizeof before.codes, "case %d: the weight is updated", c);
     }

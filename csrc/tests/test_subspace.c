@@ -237,6 +237,8 @@ static void test_failing_gemm(call c) {
         context = (ref_gemm_context){0};
         CHECK(status == (reached ? QG_INTERNAL : QG_SUCCESS), "product %lld: status %d", (long long)at, (int)status);
         if (reached)
+            CHECK(strncmp(qg_last_error(), "linalg: ", 8) == 0, "product %lld: '%s'", (long long)at, qg_last_error());
+        if (reached)
             CHECK_BYTES(basis, before, (size_t)(c.rank * dim) * sizeof(float), "product %lld", (long long)at);
         free(before);
         RELEASE("product %lld", (long long)at);
