@@ -86,7 +86,7 @@ GRADIENTS = {
 def test_refresh_is_orthonormal_and_reports_true_energies(kind: str, side: int, wide: bool, compute_dtype: str) -> None:
     gradient = GRADIENTS[kind].t().contiguous() if wide else GRADIENTS[kind]
     dim = gradient.shape[1] if side == RIGHT else gradient.shape[0]
-    # bfloat16 rounds G, Q and their product by up to 2^-9 each; where few entries count, all in one direction.
+    # bfloat16 rounds G, Q and their product by 2^-9 on average; where few entries count, all in one direction.
     tolerance = 2e-5 if compute_dtype == "float32" else 1.2e-2
     for rank in (1, 16, dim):  # with dim = 96 there are more vectors than the other side has rows
         start = ops.subspace_random(rank, dim, 0, 0, 0)
