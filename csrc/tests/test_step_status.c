@@ -162,6 +162,8 @@ static void test_tasks(void) {
     }
     WRONG_TASK(t->side = (qg_side)3, 1, QG_UNSUPPORTED, "side 3");
     WRONG_TASK(t->projector.rank = 0, 1, QG_INVALID_ARGUMENT, "rank");
+    /* R of rank 0 is empty, so its arrays may be NULL: the rank is what is wrong. */
+    WRONG_TASK((t->projector.rank = 0, t->moments.exp_avg = NULL), 1, QG_INVALID_ARGUMENT, "rank");
     WRONG_TASK(t->projector.rank = INT64_MAX / 4, 1, QG_INVALID_ARGUMENT, "R");
     WRONG_TASK(t->projector.dim = ROWS, 1, QG_INVALID_ARGUMENT, "length 10");
     WRONG_TASK(t->side = QG_LEFT, 1, QG_INVALID_ARGUMENT, "length 6");
