@@ -438,6 +438,24 @@ def test_refresh_does_not_depend_on_the_caller_s_float_mode(size: float, dtype: 
     assert flushed == pytest.approx(energy, abs=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_bases_are_orthonormal_whatever_torch_s_matmul_precision(precision: str) -> None:
+    """At "medium" a CPU with bfloat16 units rounds the factors of float32 products, and no basis came out."""
+    gradient = torch.randn(300, 200)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        start = ops.subspace_random(32, 200, 0, 0, 0)
+        found = ops.subspace_refresh(gradient, start, RIGHT)
+        energy = ops.captured_energy(gradient, found.basis)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert gap_from_orthonormal(start) < 1e-4
+    assert not found.kept and gap_from_orthonormal(found.basis) < 1e-4
+    assert energy == pytest.approx(exact_energy(gradient, found.basis, RIGHT), abs=1e-5)
+
+
 # ---------------------------------------------------------------- the definition's orthonormalisation
 
 
