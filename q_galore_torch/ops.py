@@ -6,7 +6,9 @@ for tracing are in ``_fakes``. The ops write the tensors they are given and do n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -342,6 +344,29 @@ def galore_step_(
 # ---------------------------------------------------------------- subspaces
 
 
+_precision_lock = threading.Lock()
+
+
+@contextmanager
+def _float32_products() -> Iterator[None]:
+    """Float32 products with float32 factors: a Gram matrix of rounded ones never comes close enough to the identity.
+
+    ``torch.set_float32_matmul_precision("medium")`` makes oneDNN round them to bfloat16 where the CPU has units for it.
+    The setting is the process's, hence the lock.
+    """
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _precision_lock:
+        before = settings.fp32_precision
+        if before in ("none", "ieee"):
+            yield
+            return
+        settings.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
+
+
 class Refresh(NamedTuple):
     """What a refresh of a basis gave.
 
@@ -383,7 +408,9 @@ def subspace_refresh(
     Raises:
         ValueError: an argument has the wrong dtype, shape or value.
     """
-    found, report = _op.subspace_refresh(gradient, basis, side, steps, _compute_code(compute_dtype))
+    compute_format = _compute_code(compute_dtype)
+    with _float32_products():
+        found, report = _op.subspace_refresh(gradient, basis, side, steps, compute_format)
     kept, power_steps, fallbacks, energy_old, energy_new = report.tolist()
     return Refresh(found, bool(kept), int(power_steps), int(fallbacks), energy_old, energy_new)
 
@@ -404,7 +431,8 @@ def subspace_random(rank: int, dim: int, seed: int, id: int, draw: int) -> Tenso
     Raises:
         ValueError: an argument is out of range.
     """
-    return _op.subspace_random(rank, dim, seed, id, draw)
+    with _float32_products():
+        return _op.subspace_random(rank, dim, seed, id, draw)
 
 
 def captured_energy(
@@ -428,7 +456,9 @@ def captured_energy(
     """
     absent = torch.empty(0)
     bases = (absent if right is None else right, absent if left is None else left)
-    return _op.captured_energy(gradient, *bases, _compute_code(compute_dtype)).item()
+    compute_format = _compute_code(compute_dtype)
+    with _float32_products():
+        return _op.captured_energy(gradient, *bases, compute_format).item()
 
 
 def _compute_code(compute_dtype: str) -> int:

@@ -368,6 +368,21 @@ def test_galore_refuses_bad_input_and_changes_nothing():
     assert all(same_bits(a[0], b[0]) for a, b in zip(weights + states, before, strict=True)) and one == 1
 
 
+def test_galore_refuses_numbers_beyond_32_bits(monkeypatch):
+    """2^32 + k once passed for format k."""
+    weights, states, projector = make(40, 24, 8, ops.RIGHT)
+    before = clone(weights + states)
+    monkeypatch.setitem(ops.PROJ_FORMATS, "far", 2**32)
+    monkeypatch.setitem(ops._COMPUTE, "far", 2**32)
+    for change, message in (
+        (dict(proj_format="far"), r"proj_format must be the number of a format, got 4294967296"),
+        (dict(compute_dtype="far"), r"compute_format must be 0 \(float32\) or 1 \(bfloat16\), got 4294967296"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(ops, weights, states, projector, **(dict(grad=torch.randn(40, 24), side=0, step=1) | change))
+    assert all(same_bits(a[0], b[0]) for a, b in zip(weights + states, before, strict=True))
+
+
 def test_galore_refuses_bad_right_bases_and_changes_nothing():
     weights, states, projector = make(40, 24, 8, ops.FULL, storage="int8", moments="dynamic8", proj_format="int4")
     before = clone(weights + states)

@@ -119,6 +119,10 @@ def test_simd_levels():
         assert ops.simd_level() == level
     with pytest.raises(ValueError, match="level must be one of scalar, avx2, avx512, got 'neon'"):
         ops.set_simd_level("neon")
+    for number in (-1, 3, 2**32):
+        with pytest.raises(ValueError, match=f"level must be 0 .*, got {number}"):
+            torch.ops.q_galore.set_simd_level(number)
+    assert ops.simd_level() == ops.simd_levels()[-1]
 
 
 def test_absmax():

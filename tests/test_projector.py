@@ -250,7 +250,14 @@ def test_projector_refuses_bad_input() -> None:
         ops.projector_quantize(torch.zeros(1, 2), "int4", -1)
     with pytest.raises(ValueError, match=r"projector: expected FLOAT32 \(0\), BFLOAT16 \(1\), .*, got format 21"):
         torch.ops.q_galore.projector_quantize(torch.zeros(1, 2), 21, 256)
+    with pytest.raises(ValueError, match=r"format must be the number of a format, got 4294967313"):  # 2^32 + 17
+        torch.ops.q_galore.projector_quantize(torch.zeros(1, 2), 2**32 + 17, 256)
     codes, scales, zeros = ops.projector_quantize(torch.randn(4, 512), "int4", 256)
+    for target in (16, 99, 2**32):
+        with pytest.raises(ValueError, match=rf"target_format must be 0 \(float32\) or 1 \(bfloat16\), got {target}"):
+            torch.ops.q_galore.projector_dequantize(codes, scales, zeros, 17, 256, 512, target)
+    with pytest.raises(ValueError, match=r"dim must be >= 0, got -512"):
+        ops.projector_dequantize(codes, scales, zeros, "int4", 256, -512)
     with pytest.raises(ValueError, match=r"codes must be contiguous uint8 \[\*, 255\]"):
         ops.projector_dequantize(codes, scales, zeros, "int4", 256, 510)
     with pytest.raises(ValueError, match=r"scales must be contiguous bfloat16 \[1, 1\] on cpu, got bfloat16 \[4, 2\]"):

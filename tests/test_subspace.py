@@ -86,7 +86,7 @@ GRADIENTS = {
 def test_refresh_is_orthonormal_and_reports_true_energies(kind: str, side: int, wide: bool, compute_dtype: str) -> None:
     gradient = GRADIENTS[kind].t().contiguous() if wide else GRADIENTS[kind]
     dim = gradient.shape[1] if side == RIGHT else gradient.shape[0]
-    # bfloat16 rounds G, Q and their product by up to 2^-9 each; where few entries count, all in one direction.
+    # bfloat16 rounds G, Q and their product by 2^-9 on average; where few entries count, all in one direction.
     tolerance = 2e-5 if compute_dtype == "float32" else 1.2e-2
     for rank in (1, 16, dim):  # with dim = 96 there are more vectors than the other side has rows
         start = ops.subspace_random(rank, dim, 0, 0, 0)
@@ -397,7 +397,9 @@ def test_wrong_arguments_are_refused() -> None:
         (lambda: ops.subspace_refresh(gradient, basis, 1), r"basis must be contiguous float32 \[\*, 12\] on cpu, got"),
         (lambda: ops.subspace_refresh(gradient.double(), basis, 0), "gradient must be contiguous float32 or bfloat16"),
         (lambda: ops.subspace_refresh(gradient.t(), basis, 0), "gradient must be contiguous .* not contiguous"),
-        (lambda: ops.subspace_refresh(gradient, torch.randn(9, 8), 0), "expected 0 to 8 vectors of length 8, got 9"),
+        (lambda: ops.subspace_refresh(gradient, torch.randn(9, 8), 0), "at most 8 vectors of length 8, got 9"),
+        (lambda: ops.subspace_refresh(gradient, torch.randn(13, 8), 0), "basis must be at most 8 vectors .*, got 13"),
+        (lambda: ops.captured_energy(gradient, torch.randn(13, 8)), "right must be at most 8 vectors .*, got 13"),
         (lambda: ops.subspace_refresh(gradient, basis, 0, -1), "steps must be from 0 to 2147483647, got -1"),
         (lambda: ops.subspace_refresh(gradient, basis, 0, 0, "float16"), "compute_dtype must be .* got 'float16'"),
         (lambda: ops.subspace_random(9, 8, 0, 0, 0), "rank must be from 0 to dim = 8, got 9"),
@@ -417,6 +419,41 @@ def test_empty_arrays_are_a_success() -> None:
     assert ops.subspace_refresh(torch.randn(5, 8), torch.zeros(0, 8), RIGHT).kept
     assert ops.subspace_random(0, 8, 0, 0, 0).shape == (0, 8)
     assert ops.captured_energy(torch.zeros(0, 8), torch.randn(3, 8)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-38, 1e-40, 3e38])
+def test_refresh_does_not_depend_on_the_caller_s_float_mode(size: float, dtype: torch.dtype) -> None:
+    """The host judged max |G|, and divided by its scale of 2^-127, where denormals may be read as zeros."""
+    gradient, basis = (torch.rand(40, 30) * size).to(dtype), ops.subspace_random(5, 30, 1, 2, 3)
+    expected, energy = ops.subspace_refresh(gradient, basis, RIGHT), ops.captured_energy(gradient, basis)
+    assert torch.set_flush_denormal(True)
+    try:
+        found, flushed = ops.subspace_refresh(gradient, basis, RIGHT), ops.captured_energy(gradient, basis)
+    finally:
+        torch.set_flush_denormal(False)
+    assert not expected.kept and not found.kept
+    assert torch.allclose(found.basis, expected.basis, atol=1e-5)
+    assert found.energy_new == pytest.approx(expected.energy_new, abs=1e-5)
+    assert flushed == pytest.approx(energy, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_bases_are_orthonormal_whatever_torch_s_matmul_precision(precision: str) -> None:
+    """At "medium" a CPU with bfloat16 units rounds the factors of float32 products, and no basis came out."""
+    gradient = torch.randn(300, 200)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        start = ops.subspace_random(32, 200, 0, 0, 0)
+        found = ops.subspace_refresh(gradient, start, RIGHT)
+        energy = ops.captured_energy(gradient, found.basis)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert gap_from_orthonormal(start) < 1e-4
+    assert not found.kept and gap_from_orthonormal(found.basis) < 1e-4
+    assert energy == pytest.approx(exact_energy(gradient, found.basis, RIGHT), abs=1e-5)
 
 
 # ---------------------------------------------------------------- the definition's orthonormalisation

@@ -98,6 +98,9 @@ struct Choice {
 };
 
 Choice choose(int64_t level) {
+    if (level < QG_SIMD_SCALAR || level > QG_SIMD_AVX512) {
+        refuse({"set_simd_level", "level"}, "0 (scalar), 1 (avx2) or 2 (avx512)", std::to_string(level));
+    }
     Choice choice = {nullptr, level};
     check_status("simd_level", qg_cpu_backend(static_cast<qg_simd>(level), &choice.kernels));
     return choice;
@@ -176,6 +179,22 @@ ScalarType scalar_type(qg_format format) {
     }
 }
 
+qg_format format_of(const Argument &argument, int64_t number) {
+    if (number < 0 || number > INT_MAX) {
+        refuse(argument, "the number of a format", std::to_string(number));
+    }
+    return static_cast<qg_format>(number);
+}
+
+qg_format float_format_of(const Argument &argument, int64_t number, bool with_float16) {
+    if (number != QG_FLOAT32 && number != QG_BFLOAT16 && !(with_float16 && number == QG_FLOAT16)) {
+        const char *expected =
+            with_float16 ? "0 (float32), 1 (bfloat16) or 2 (float16)" : "0 (float32) or 1 (bfloat16)";
+        refuse(argument, expected, std::to_string(number));
+    }
+    return static_cast<qg_format>(number);
+}
+
 ProjectorLayout projector_layout(qg_format format, int64_t block, int64_t rank, int64_t dim) {
     const std::vector<int64_t> none = {0}, codes = {rank, qg_projector_row_codes(format, dim)};
     if (qg_projector_is_float(format)) {
@@ -198,17 +217,16 @@ qg_projector projector_of(
     const Tensor &codes,
     const Tensor &scales,
     const Tensor &zeros,
-    int64_t format,
+    qg_format format,
     int64_t block,
     int64_t dim) {
-    const qg_format known = static_cast<qg_format>(format);
-    const ProjectorLayout rows = projector_layout(known, block, -1, dim); // any number of them
+    const ProjectorLayout rows = projector_layout(format, block, -1, dim); // any number of them
     check_tensor({op, names.codes, index}, codes, {rows.dtype}, rows.codes);
-    const ProjectorLayout layout = projector_layout(known, block, codes.size(0), dim);
+    const ProjectorLayout layout = projector_layout(format, block, codes.size(0), dim);
     check_tensor({op, names.scales, index}, scales, {ScalarType::BFloat16}, layout.scales);
     check_tensor({op, names.zeros, index}, zeros, {ScalarType::Byte}, layout.zeros);
     return {codes.data_ptr(), static_cast<uint16_t *>(scales.data_ptr()), static_cast<uint8_t *>(zeros.data_ptr()),
-        codes.size(0), dim, static_cast<int32_t>(block), known};
+        codes.size(0), dim, static_cast<int32_t>(block), format};
 }
 
 void check_status(const char *op, qg_status status) {

@@ -46,6 +46,12 @@ qg_format float_format(const Tensor &tensor);
 
 ScalarType scalar_type(qg_format format);
 
+// The format with this number; whether it is known and fits is for the core to say.
+qg_format format_of(const Argument &argument, int64_t number);
+
+// The same for a float format: float32, bfloat16 and, where it is wanted, float16.
+qg_format float_format_of(const Argument &argument, int64_t number, bool with_float16);
+
 inline int64_t blocks(int64_t count, int64_t block) {
     return (count + block - 1) / block;
 }
@@ -77,7 +83,7 @@ qg_projector projector_of(
     const Tensor &codes,
     const Tensor &scales,
     const Tensor &zeros,
-    int64_t format,
+    qg_format format,
     int64_t block,
     int64_t dim);
 

@@ -53,19 +53,21 @@ Tensor int8_dequantize(
     const int64_t groups = blocks(codes.numel(), group_size);
     check_tensor({op, "scales"}, scales, {ScalarType::Float}, {groups});
     check_tensor({op, "zeros"}, zeros, {ScalarType::Short}, {groups});
+    const qg_format target = float_format_of({op, "format"}, format, true);
     auto sizes = codes.sizes();
-    Tensor out = empty({sizes.begin(), sizes.end()}, scalar_type(static_cast<qg_format>(format)));
+    Tensor out = empty({sizes.begin(), sizes.end()}, scalar_type(target));
     const qg_weight view = weight_view(codes, scales, zeros, group_size);
-    check_status(op, qg_int8_dequantize(&view, out.data_ptr(), static_cast<qg_format>(format), backend()));
+    check_status(op, qg_int8_dequantize(&view, out.data_ptr(), target, backend()));
     return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> projector_quantize(const Tensor &basis, int64_t format, int64_t block) {
+std::tuple<Tensor, Tensor, Tensor> projector_quantize(const Tensor &basis, int64_t number, int64_t block) {
     const char *op = "projector_quantize";
+    const qg_format format = format_of({op, "format"}, number);
     check_tensor({op, "basis"}, basis, {ScalarType::Float}, {-1, -1});
     check_projector_block({op, "block"}, block);
     const int64_t rank = basis.size(0), dim = basis.size(1);
-    const ProjectorLayout layout = projector_layout(static_cast<qg_format>(format), block, rank, dim);
+    const ProjectorLayout layout = projector_layout(format, block, rank, dim);
     Tensor codes = empty(layout.codes, layout.dtype);
     Tensor scales = empty(layout.scales, ScalarType::BFloat16);
     Tensor zeros = empty(layout.zeros, ScalarType::Byte);
@@ -88,8 +90,12 @@ Tensor projector_dequantize(
     int64_t target_format) {
     const char *op = "projector_dequantize";
     check_projector_block({op, "block"}, block);
-    const qg_projector view = projector_of(op, PROJECTOR, -1, codes, scales, zeros, format, block, dim);
-    const qg_format target = static_cast<qg_format>(target_format);
+    if (dim < 0) {
+        refuse({op, "dim"}, ">= 0", std::to_string(dim));
+    }
+    const qg_format target = float_format_of({op, "target_format"}, target_format, false);
+    const qg_projector view =
+        projector_of(op, PROJECTOR, -1, codes, scales, zeros, format_of({op, "format"}, format), block, dim);
     Tensor out = empty({view.rank, dim}, scalar_type(target));
     check_status(op, qg_projector_dequantize(&view, out.data_ptr(), target, backend()));
     return out;

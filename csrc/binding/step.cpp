@@ -217,6 +217,8 @@ void galore_step(
         check_tensor({op, "norms"}, norms, {ScalarType::Double}, {static_cast<int64_t>(weights.size())});
     }
     check_projector_block({op, "proj_block"}, proj_block);
+    const qg_format basis_format = format_of({op, "proj_format"}, proj_format);
+    const qg_format gemm_format = float_format_of({op, "compute_format"}, compute_format, false);
     std::vector<qg_step_task> tasks(weights.size());
     for (size_t i = 0; i < weights.size(); i++) {
         const int64_t index = static_cast<int64_t>(i);
@@ -232,12 +234,12 @@ void galore_step(
         task.low_rank_gradient = low_rank;
         task.weight = weight_of(lists, i, rows, cols);
         task.projector = projector_of(
-            op, PROJECTOR, index, proj_codes[i], proj_scales[i], proj_zeros[i], proj_format, proj_block,
+            op, PROJECTOR, index, proj_codes[i], proj_scales[i], proj_zeros[i], basis_format, proj_block,
             right ? cols : rows);
         const int64_t rank = task.projector.rank, other = right ? rows : full ? rank : cols;
         if (full) {
             task.right_projector = projector_of(
-                op, RIGHT_PROJECTOR, index, right_codes[i], right_scales[i], right_zeros[i], proj_format, proj_block,
+                op, RIGHT_PROJECTOR, index, right_codes[i], right_scales[i], right_zeros[i], basis_format, proj_block,
                 cols);
             if (task.right_projector.rank != rank) {
                 refuse(
@@ -253,7 +255,7 @@ void galore_step(
         fill_common(lists, i, task);
     }
     const qg_step_params params = {sizeof(qg_step_params), stochastic_round, lr, beta1, beta2, eps, weight_decay, scale,
-        static_cast<uint64_t>(seed), static_cast<qg_format>(compute_format), norm_growth_limit};
+        static_cast<uint64_t>(seed), gemm_format, norm_growth_limit};
     const int64_t count = static_cast<int64_t>(tasks.size());
     size_t bytes = 0;
     check_status(op, qg_galore_scratch_size(tasks.data(), count, &params, &bytes));

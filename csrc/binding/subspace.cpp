@@ -7,10 +7,17 @@ namespace qg {
 namespace {
 
 qg_format compute_format(const char *op, int64_t format) {
-    if (format != QG_FLOAT32 && format != QG_BFLOAT16) {
-        refuse({op, "compute_format"}, "0 (float32) or 1 (bfloat16)", std::to_string(format));
+    return float_format_of({op, "compute_format"}, format, false);
+}
+
+// The number of vectors of a basis, one a row.
+int64_t check_basis(const Argument &argument, const Tensor &basis, int64_t dim) {
+    check_tensor(argument, basis, {ScalarType::Float}, {-1, dim});
+    if (basis.size(0) > dim) {
+        const std::string length = std::to_string(dim);
+        refuse(argument, "at most " + length + " vectors of length " + length, std::to_string(basis.size(0)));
     }
-    return static_cast<qg_format>(format);
+    return basis.size(0);
 }
 
 Tensor bytes_of(size_t bytes) {
@@ -40,8 +47,7 @@ std::tuple<Tensor, Tensor> subspace_refresh(
     }
     check_tensor({op, "gradient"}, gradient, FLOATS, {-1, -1});
     const int64_t rows = gradient.size(0), cols = gradient.size(1);
-    check_tensor({op, "basis"}, basis, {ScalarType::Float}, {-1, side == QG_RIGHT ? cols : rows});
-    const int64_t rank = basis.size(0);
+    const int64_t rank = check_basis({op, "basis"}, basis, side == QG_RIGHT ? cols : rows);
 
     const qg_subspace_params params = {sizeof params, static_cast<int32_t>(steps), compute_format(op, format)};
     qg_subspace_report report = {};
@@ -95,12 +101,10 @@ Tensor captured_energy(const Tensor &gradient, const Tensor &right, const Tensor
     const int64_t rows = gradient.size(0), cols = gradient.size(1);
     int64_t right_rank = 0, left_rank = 0;
     if (right.numel() > 0) {
-        check_tensor({op, "right"}, right, {ScalarType::Float}, {-1, cols});
-        right_rank = right.size(0);
+        right_rank = check_basis({op, "right"}, right, cols);
     }
     if (left.numel() > 0) {
-        check_tensor({op, "left"}, left, {ScalarType::Float}, {-1, rows});
-        left_rank = left.size(0);
+        left_rank = check_basis({op, "left"}, left, rows);
     }
     const qg_format gemm_format = compute_format(op, format);
     const int64_t rank = right_rank > left_rank ? right_rank : left_rank;

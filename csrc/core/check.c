@@ -203,6 +203,9 @@ static qg_status check_task(const qg_step_task *task, int64_t index, const qg_st
     if (status != QG_SUCCESS || task->weight.rows == 0 || task->weight.cols == 0) {
         return status;
     }
+    if (projected && (status = check_projection(task, index)) != QG_SUCCESS) {
+        return status;
+    }
     if ((status = check_moments(&task->moments, index)) != QG_SUCCESS) {
         return status;
     }
@@ -218,11 +221,7 @@ static qg_status check_task(const qg_step_task *task, int64_t index, const qg_st
             QG_INVALID_ARGUMENT, "task %lld: expected bias_step >= 1 and noise_step >= 0, got %lld and %lld",
             (long long)index, (long long)task->bias_step, (long long)task->noise_step);
     }
-    if (!projected) {
-        return QG_SUCCESS;
-    }
-    status = params->norm_growth_limit > 0.0 ? check_norm(task, index) : QG_SUCCESS;
-    return status == QG_SUCCESS ? check_projection(task, index) : status;
+    return projected && params->norm_growth_limit > 0.0 ? check_norm(task, index) : QG_SUCCESS;
 }
 
 qg_status qg_check_tasks(const qg_step_task *tasks, int64_t count, const qg_step_params *params, int projected) {

@@ -14,6 +14,10 @@ qg_status qg_fail(qg_status status, const char *format, ...) {
     return status;
 }
 
+qg_status qg_from_linalg(const char *member, qg_status status) {
+    return status == QG_SUCCESS ? status : qg_fail(status, "linalg: %s failed, %s", member, qg_status_string(status));
+}
+
 const char *qg_last_error(void) {
     return last_error;
 }

@@ -7,4 +7,7 @@
 /* Keeps the sentence for qg_last_error() and returns status: `return qg_fail(QG_INVALID_ARGUMENT, "...", ...);`. */
 qg_status qg_fail(qg_status status, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+/* The status of a call into the caller's qg_linalg, with a sentence where that failed. */
+qg_status qg_from_linalg(const char *member, qg_status status);
+
 #endif

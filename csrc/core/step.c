@@ -270,9 +270,10 @@ static qg_status gemm(
     int64_t b_col_stride,
     void *c,
     int64_t c_row_stride) {
-    return j->linalg->gemm(
+    const qg_status status = j->linalg->gemm(
         j->linalg->context, j->gemm_format, 0, m, n, k, a, a_row_stride, a_col_stride, b, b_row_stride, b_col_stride, c,
         c_row_stride);
+    return qg_from_linalg("gemm", status);
 }
 
 /* Columns first .. first + cols of N in float32. */

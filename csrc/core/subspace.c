@@ -15,6 +15,7 @@
  * Numbers of the device (`numbers`) reach the host in look() alone. A job that looks does so before each decision; one
  * that does not assumes what is usual, and usual() checks that when it is done.
  */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -189,11 +190,15 @@ qg_status qg_subspace_scratch_size(
     if (gemm_format != QG_FLOAT32 && gemm_format != QG_BFLOAT16) {
         return qg_fail(QG_UNSUPPORTED, "gemm_format %d: expected FLOAT32 or BFLOAT16", (int)gemm_format);
     }
-    if (rank > larger(rows, cols) || (sides != 1 && sides != 2) || bytes == NULL) {
+    if (rank > larger(rows, cols)) {
         return qg_fail(
-            QG_INVALID_ARGUMENT,
-            "expected a rank of at most %lld, 1 or 2 sides and a place for the size, got %lld, %d and %s",
-            (long long)larger(rows, cols), (long long)rank, (int)sides, bytes == NULL ? "NULL" : "one");
+            QG_INVALID_ARGUMENT, "rank: expected at most %lld, got %lld", (long long)larger(rows, cols),
+            (long long)rank);
+    }
+    if ((sides != 1 && sides != 2) || bytes == NULL) {
+        return qg_fail(
+            QG_INVALID_ARGUMENT, "expected 1 or 2 sides and a place for the size, got %d and %s", (int)sides,
+            bytes == NULL ? "NULL" : "one");
     }
     *bytes = rows == 0 || cols == 0 || rank == 0 ? 0 : make_plan(rows, cols, rank, sides, linalg).bytes;
     return QG_SUCCESS;
@@ -238,14 +243,18 @@ static void swap(job *j) {
     j->spare = other;
 }
 
-/* A power of two that brings max |G| to [1, 2); 1 where that is of ordinary size. */
+/* A power of two that brings max |G| to about 1; 1 where that is of ordinary size. Never a denormal, nor taken from one:
+ * the host may read denormals as zeros. */
 static float scale_of(float absmax) {
     int exponent;
     if (absmax >= SMALL && absmax <= LARGE) {
         return 1.0f;
     }
+    if (absmax < FLT_MIN) {
+        return 0x1p126f;
+    }
     frexpf(absmax, &exponent);
-    return ldexpf(1.0f, exponent < -125 ? 126 : 1 - exponent);
+    return ldexpf(1.0f, exponent > 127 ? -126 : 1 - exponent);
 }
 
 static qg_status gemm32(
@@ -260,8 +269,9 @@ static qg_status gemm32(
     int64_t b_col_stride,
     float *c,
     int64_t c_row_stride) {
-    return j->linalg->gemm(
+    const qg_status status = j->linalg->gemm(
         j->linalg->context, QG_FLOAT32, 0, m, n, k, a, a_row_stride, 1, b, b_row_stride, b_col_stride, c, c_row_stride);
+    return qg_from_linalg("gemm", status);
 }
 
 /* ---------------------------------------------------------------- orthonormal rows */
@@ -283,7 +293,7 @@ static qg_status make_gram(job *j, int64_t rank, int64_t length) {
 
 /* M <- L^-1 M with L L^T = gram. */
 static qg_status divide_by_root(job *j, int64_t rank, int64_t length, int32_t *failed) {
-    qg_status status = j->linalg->potrf(j->linalg, rank, j->gram, failed, j->work);
+    qg_status status = qg_from_linalg("potrf", j->linalg->potrf(j->linalg, rank, j->gram, failed, j->work));
     if (status == QG_SUCCESS && j->looking) {
         look(j);
         j->broken = j->seen.failed[0][0];
@@ -292,7 +302,7 @@ static qg_status divide_by_root(job *j, int64_t rank, int64_t length, int32_t *f
         }
     }
     if (status == QG_SUCCESS) {
-        status = j->linalg->trtri(j->linalg, rank, j->gram, j->inverse, j->work);
+        status = qg_from_linalg("trtri", j->linalg->trtri(j->linalg, rank, j->gram, j->inverse, j->work));
     }
     for (int64_t i = 0; status == QG_SUCCESS && i < rank; i += GRAM_ROWS) {
         const int64_t rows = smaller(GRAM_ROWS, rank - i);
@@ -305,7 +315,7 @@ static qg_status divide_by_root(job *j, int64_t rank, int64_t length, int32_t *f
 }
 
 static qg_status householder(job *j, int64_t rank, int64_t length) {
-    qg_status status = j->linalg->qr(j->linalg, rank, length, j->current, j->spare, j->work);
+    qg_status status = qg_from_linalg("qr", j->linalg->qr(j->linalg, rank, length, j->current, j->spare, j->work));
     if (status != QG_SUCCESS) {
         return status;
     }
@@ -427,9 +437,10 @@ static qg_status multiply_part(const job *j, int64_t rank, int along_rows, int64
         stride = cols;
     }
     void *target = (void *)element_at(product_of(j), j->gemm_format, first);
-    return j->linalg->gemm(
+    const qg_status status = j->linalg->gemm(
         j->linalg->context, j->gemm_format, 0, rank, count, length, factor, length, 1, g, along_rows ? 1 : stride,
         along_rows ? stride : 1, target, out);
+    return qg_from_linalg("gemm", status);
 }
 
 /* product = M G^T (along_rows, M [rank, cols]) or M G (M [rank, rows]) of M = current, and its squares. */
@@ -474,7 +485,7 @@ static void measure_gradient(job *j) {
     if (j->looking) {
         look(j);
         const float absmax = j->seen.gradient_absmax;
-        j->broken = !(absmax > 0.0f) || isinf(absmax);
+        j->broken = !(j->seen.gradient_squares > 0.0) || isinf(absmax);
         j->scale = j->broken ? 1.0f : scale_of(absmax);
     }
 }

@@ -285,7 +285,6 @@ static void test_galore(int c) {
     qg_side side = (qg_side)random_below(3);
     int64_t dim = side == QG_RIGHT ? n : m, k = side == QG_RIGHT ? m : side == QG_LEFT ? n : rank;
     int64_t block = random_below(3) ? BLOCK : 16, basis_block = (int64_t[]){BLOCK, 16, 0}[random_below(3)];
-    qg_format basis_format;
     static const qg_format bases[] = {
         QG_FLOAT32, QG_INT8, QG_INT4, QG_BFLOAT16, QG_FP8_E4M3, QG_FP4, QG_NF4, QG_DYNAMIC8};
     qg_step_params params = some_params();
@@ -299,10 +298,9 @@ static void test_galore(int c) {
         .bias_step = 1 + random_below(3)};
     task.weight = random_weight(m, n, weight_formats[random_below(4)], random_below(3) ? BLOCK : 48);
     task.moments = zero_moments(rank, k, random_below(2) ? QG_DYNAMIC8 : QG_FLOAT32, block);
-    basis_format = bases[random_below(8)];
-    task.projector = random_projector(rank, dim, basis_format, basis_block);
-    if (side == QG_FULL)
-        task.right_projector = random_projector(rank, n, basis_format, basis_block);
+    task.projector = random_projector(rank, dim, bases[random_below(8)], basis_block);
+    if (side == QG_FULL) /* its format is its own */
+        task.right_projector = random_projector(rank, n, bases[random_below(8)], basis_block);
     int64_t g_count = task.low_rank_gradient ? rank * k : m * n;
     size_t g_bytes = (size_t)g_count * ref_size(task.grad_format);
     void *g = guarded(g_bytes, ref_size(task.grad_format));

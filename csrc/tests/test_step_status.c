@@ -162,6 +162,8 @@ static void test_tasks(void) {
     }
     WRONG_TASK(t->side = (qg_side)3, 1, QG_UNSUPPORTED, "side 3");
     WRONG_TASK(t->projector.rank = 0, 1, QG_INVALID_ARGUMENT, "rank");
+    /* R of rank 0 is empty, so its arrays may be NULL: the rank is what is wrong. */
+    WRONG_TASK((t->projector.rank = 0, t->moments.exp_avg = NULL), 1, QG_INVALID_ARGUMENT, "rank");
     WRONG_TASK(t->projector.rank = INT64_MAX / 4, 1, QG_INVALID_ARGUMENT, "R");
     WRONG_TASK(t->projector.dim = ROWS, 1, QG_INVALID_ARGUMENT, "length 10");
     WRONG_TASK(t->side = QG_LEFT, 1, QG_INVALID_ARGUMENT, "length 6");
@@ -240,9 +242,11 @@ static void test_failing_gemm(void) {
         params.norm_growth_limit = cases[c].limit;
         memory before = first;
         products = (ref_gemm_context){0, cases[c].fail_at};
+        qg_galore_step(&task, -1, &params, scratch, sizeof scratch, cpu, &linalg); /* an older sentence */
         CHECK(
             qg_galore_step(&task, 1, &params, scratch, sizeof scratch, cpu, &linalg) == QG_INTERNAL, "case %d goes on",
             c);
+        CHECK(strstr(qg_last_error(), "linalg: gemm failed") != NULL, "case %d says '%s'", c, qg_last_error());
         CHECK(products.calls == cases[c].fail_at, "case %d: %lld products", c, (long long)products.calls);
         CHECK_BYTES(first.codes, before.codes, sizeof before.codes, "case %d: the weight is updated", c);
     }
