@@ -177,6 +177,7 @@ BAD_GROUP = [
     (dict(quantize_type="4bit", quantize_blocksz=-1), r"quantize_blocksz must be an integer in \[0, 2\*\*31\), got -1"),
     (dict(quantize_blocksz=64), "quantize_blocksz=64 needs quantize_type: None or '4bit' or .*"),
     (dict(proj_quantize_type="9", quantize_blocksz=4), "quantize_blocksz and proj_quantize_type describe .* twice.*"),
+    (dict(subspace="warm", lazy_rule="upstream"), "subspace must be 'svd' under lazy_rule='upstream', .*, got 'warm'"),
     (dict(subspace="qr"), "subspace must be 'warm' or 'svd' or 'random', got 'qr'"),
     (dict(lazy_rule="cosine"), "lazy_rule must be 'energy' or 'upstream' or 'fixed', got 'cosine'"),
     (dict(energy_threshold=0), r"energy_threshold must be a number in \(0, 1\], got 0"),
