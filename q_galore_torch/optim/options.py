@@ -289,7 +289,7 @@ def _check_projected(options: dict[str, Any]) -> dict[str, Any]:
     options["proj_format"], options["proj_block"] = _projector_format(options)
     if options.get("lazy_rule") == "upstream":
         if options.get("subspace") not in (None, "svd"):
-            raise _refuse("subspace", options["subspace"], "'svd' under lazy_rule='upstream', which compares such bases")
+            raise _refuse("subspace", options["subspace"], "'svd' under lazy_rule='upstream', which compares these")
         options["subspace"] = "svd"
     checked = _check_values(options)
     if checked["lazy_rule"] != "upstream" and options.get("cos_threshold") is not None:
