@@ -34,8 +34,7 @@ CASES = [
     *(("fp8_e4m3", 0), ("int4", 256), ("int4", 96), ("int4", 0), ("fp4", 64), ("fp4", 128), ("fp4", 256), ("fp4", 0)),
     *(("nf4", 64), ("nf4", 128), ("nf4", 256), ("nf4", 0)),
 ]
-# Title, source of the basis, key. A column whose key no row of its source has is left out; `energy_lost`, the share of
-# a gradient's energy that the format loses, is for rows measured on recorded gradients.
+# Title, source of the basis, key.
 COLUMNS = [
     ("RMS error", "gaussian", "rms"),
     ("worst, in RMS entries", "gaussian", "worst"),
@@ -44,7 +43,6 @@ COLUMNS = [
     ("the same, unit rows", "gaussian", "update_unit"),
     ("round trip", "gaussian", "round_trip"),
     ("RMS error, structured", "structured", "rms"),
-    ("energy lost, gradients", "gradients", "energy_lost"),
 ]
 RESULT = timing.RESULTS / "projector_error.json"
 
@@ -110,20 +108,45 @@ def measure(dims: list[int]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]], dim: int) -> str:
     """The rows of one d as Markdown, a line for each format and block."""
     chosen = [row for row in rows if row["dim"] == dim]
-    columns = [c for c in COLUMNS if any(row["source"] == c[1] and c[2] in row for row in chosen)]
     cells: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
     for row in chosen:
         line = cells.setdefault((row["format"], row["block"]), {("", "bytes"): row["bytes"]})
-        line.update(
-            {(row["source"], key): row[key] for _, source, key in columns if source == row["source"] and key in row}
-        )
-    lines = ["| format | block | bytes | " + " | ".join(title for title, _, _ in columns) + " |"]
-    lines.append("|---" * (3 + len(columns)) + "|")
+        line.update({(row["source"], key): row[key] for _, source, key in COLUMNS if source == row["source"]})
+    lines = ["| format | block | bytes | " + " | ".join(title for title, _, _ in COLUMNS) + " |"]
+    lines.append("|---" * (3 + len(COLUMNS)) + "|")
     for (name, block), line in cells.items():
         shown_block = "-" if name in ("float32", "bfloat16") else "all" if block == 0 else str(block)
-        figures = [f"{line[source, key]:.3g}" if (source, key) in line else "" for _, source, key in columns]
+        figures = [f"{line[source, key]:.3g}" if (source, key) in line else "" for _, source, key in COLUMNS]
         lines.append(f"| {name} | {shown_block} | {line['', 'bytes']:.3f} | " + " | ".join(figures) + " |")
     return "\n".join(lines)
+
+
+def by_length(rows: list[dict[str, Any]], recorded: list[dict[str, Any]]) -> str:
+    """Errors of Gaussian bases at each d, and the energy lost on recorded gradients, as Markdown.
+
+    Args:
+        rows: of this program.
+        recorded: of ``recorded_gradients.py``; those of part "formats" are read, at the full rank of each model.
+    """
+    lengths = sorted({row["dim"] for row in rows})
+    found = {
+        r["setting"]["model"]: r["result"]["ratio"] for r in recorded if r["part"] == "formats" and r["rank"] == 64
+    }
+    header = ["format", "block", "bytes", *(f"RMS, worst; d = {d}" for d in lengths)]
+    lines = [header + [f"energy lost, {model}: mean, worst" for model in found]]
+    lines.append(["---"] * len(lines[0]))
+    for name, block in CASES:
+        title = name if name in ("float32", "bfloat16") else f"{name}, block {block}"
+        chosen = [r for r in rows if (r["source"], r["format"], r["block"]) == ("gaussian", name, block)]
+        figures = [f"{row['rms']:.2g}, {row['worst']:.2g}" for row in sorted(chosen, key=lambda row: row["dim"])]
+        lost = [
+            f"{100 - 100 * ratio[title]['mean']:.2f} %, {100 - 100 * ratio[title]['minimum']:.2f} %"
+            for ratio in found.values()
+            if title in ratio
+        ]
+        if lost:
+            lines.append([name, "-" if title == name else str(block), f"{chosen[0]['bytes']:.3f}", *figures, *lost])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
@@ -134,7 +157,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=1024)
     arguments = parser.parse_args()
     if arguments.table:
-        print(table(json.loads(RESULT.read_text())["rows"], arguments.dim))
+        rows = json.loads(RESULT.read_text())["rows"]
+        recorded = [json.loads(line) for line in (timing.RESULTS / "recorded_gradients.jsonl").read_text().splitlines()]
+        print(table(rows, arguments.dim), by_length(rows, recorded), sep="\n\n")
         return
     rows = measure(arguments.dims)
     print(table(rows, arguments.dim if arguments.dim in arguments.dims else arguments.dims[-1]))
