@@ -38,7 +38,7 @@ def test_defaults() -> None:
         proj_block=256,
         subspace="warm",
         lazy_rule="energy",
-        energy_threshold=0.85,
+        energy_threshold=0.8,
         max_proj_gap=None,
         norm_growth_limit=None,
         cos_threshold=0.4,

@@ -131,7 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what stretches the gap: the energy that the basis before still captures (default), the public code's "
         "cosine, or nothing",
     )
-    add("--energy_threshold", type=float, help="the energy rule stretches the gap from here on (default 0.85)")
+    add("--energy_threshold", type=float, help="the energy rule stretches the gap from here on (default 0.8)")
     add("--cos_threshold", type=float, help="the same of the upstream rule (default 0.4)")
     add("--gamma_proj", type=float, help="factor of a stretch (default 2)")
     add("--queue_size", type=int, help="similarities whose mean decides (default 5)")

@@ -48,7 +48,7 @@ class QGaLoreAdamW8bit(Optimizer):
             for the whole basis), or in their place ``quant, quant_n_bit, quant_group_size`` or ``quantize_type``
             ("4bit", "8bit", "8bit_blockwise", None) and ``quantize_blocksz``, also spelt ``proj_quantize_...``,
             ``subspace`` ("warm", "svd" or "random"), ``lazy_rule`` ("energy", "upstream" or "fixed") with
-            ``energy_threshold`` (0.85) or ``cos_threshold`` (0.4), ``gamma_proj`` (2), ``queue_size`` (5) and
+            ``energy_threshold`` (0.8) or ``cos_threshold`` (0.4), ``gamma_proj`` (2), ``queue_size`` (5) and
             ``max_proj_gap`` (16 gaps), ``moments`` ("keep", "rotate" or "reset") and ``norm_growth_limit`` (None). A
             weight of more than two dimensions is projected as the matrix that
             :func:`q_galore_torch.subspace.matrix_shape` names.

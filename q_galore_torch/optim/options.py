@@ -170,7 +170,7 @@ PROJECTED: dict[str, Option] = {
     "proj_block": Option(None, _proj_block),
     "subspace": Option("warm", _subspace),
     "lazy_rule": Option("energy", _lazy_rule),
-    "energy_threshold": Option(0.85, number(0.0, 1.0, "a number in (0, 1]", open_ends="low")),
+    "energy_threshold": Option(0.8, number(0.0, 1.0, "a number in (0, 1]", open_ends="low")),
     "cos_threshold": Option(0.4, number(-1.0, 1.0, "a number in [-1, 1]")),
     "gamma_proj": Option(2.0, number(1.0, _int32, "a number in [1, 2**31)")),
     "queue_size": Option(5, number(1, _int32, "an integer in [1, 2**31)", integer=True)),
