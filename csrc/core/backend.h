@@ -45,9 +45,6 @@ struct qg_backend {
 
     void (*absmax)(float *out, const void *source, qg_format format, int64_t count);
 
-    /* out = the sum of squares, added in double in an order that depends on count alone. */
-    void (*sum_of_squares)(double *out, const float *source, int64_t count);
-
     /* target [rows, cols] contiguous <- source with a row stride; both among FLOAT32, BFLOAT16, FLOAT16. */
     void (*cast)(
         void *target,
@@ -69,7 +66,7 @@ struct qg_backend {
         int64_t source_row_stride,
         float scale);
 
-    /* *out = the sum of source[i]^2 in double: 16 lanes of 64 ranges, added in their order. */
+    /* *out = the sum of source[i]^2 in double, in an order that depends on count alone: 16 lanes of 64 ranges. */
     void (*sum_squares)(double *out, const void *source, qg_format format, int64_t count);
 
     /* target = source sqrt(rows / *squares); target may be source's own memory where that is float32. */

@@ -16,6 +16,13 @@ qg_status qg_check_sizes(const char *what, int64_t rows, int64_t cols) {
     return QG_SUCCESS;
 }
 
+qg_status qg_check_scratch(const void *scratch, size_t have, size_t need) {
+    if (have < need || (need > 0 && scratch == NULL)) {
+        return qg_fail(QG_INVALID_ARGUMENT, "scratch: expected %zu bytes, got %zu", need, have);
+    }
+    return QG_SUCCESS;
+}
+
 static qg_status check_params(const qg_step_params *params) {
     if (params == NULL || params->struct_size != sizeof *params) {
         return qg_fail(QG_INVALID_ARGUMENT, "params: expected a qg_step_params with struct_size %zu", sizeof *params);

@@ -7,6 +7,9 @@
 /* A projector that the kernels can read: format, sizes, block, and the arrays that the format has. `what` names it. */
 qg_status qg_check_projector(const char *what, const qg_projector *projector);
 
+/* The caller's scratch against the size that was asked for. */
+qg_status qg_check_scratch(const void *scratch, size_t have, size_t need);
+
 /* Sizes that no index arithmetic can overflow. */
 qg_status qg_check_sizes(const char *what, int64_t rows, int64_t cols);
 

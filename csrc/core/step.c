@@ -163,13 +163,6 @@ static int is_empty(const qg_step_task *task) {
     return task->weight.rows == 0 || task->weight.cols == 0;
 }
 
-static qg_status check_scratch(const void *scratch, size_t have, size_t need) {
-    if (have < need || (need > 0 && scratch == NULL)) {
-        return qg_fail(QG_INVALID_ARGUMENT, "scratch: expected %zu bytes, got %zu", need, have);
-    }
-    return QG_SUCCESS;
-}
-
 /* ---------------------------------------------------------------- adam8 */
 
 qg_status qg_adam8_scratch_size(
@@ -209,7 +202,7 @@ qg_status qg_adam8_step(
     const qg_backend *backend) {
     size_t need = 0;
     qg_status status = qg_adam8_scratch_size(tasks, count, params, backend, &need);
-    if (status != QG_SUCCESS || (status = check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
+    if (status != QG_SUCCESS || (status = qg_check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
         return status;
     }
     qg_update_coefficients update = update_coefficients(params);
@@ -324,7 +317,7 @@ static operand direction(const job *j, int64_t first, int64_t cols) {
 static void limit_growth(job *j) {
     const qg_step_params *params = j->params;
     double *norm = j->task->norm, most = params->norm_growth_limit * *norm, now;
-    j->backend->sum_of_squares(&now, j->normalised, j->plan.rank * j->plan.other);
+    j->backend->sum_squares(&now, j->normalised, QG_FLOAT32, j->plan.rank * j->plan.other);
     now = sqrt(now);
     if (*norm > 0.0 && now > most) {
         j->update.rate = (float)(params->lr * params->scale * (most / now));
@@ -519,7 +512,7 @@ qg_status qg_galore_step(
     const qg_linalg *linalg) {
     size_t need = 0;
     qg_status status = qg_galore_scratch_size(tasks, count, params, &need);
-    if (status != QG_SUCCESS || (status = check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
+    if (status != QG_SUCCESS || (status = qg_check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
         return status;
     }
     if (backend == NULL) {

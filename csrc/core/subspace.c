@@ -204,13 +204,6 @@ qg_status qg_subspace_scratch_size(
     return QG_SUCCESS;
 }
 
-static qg_status check_scratch(const void *scratch, size_t have, size_t need) {
-    if (have < need || (need > 0 && scratch == NULL)) {
-        return qg_fail(QG_INVALID_ARGUMENT, "scratch: expected %zu bytes, got %zu", need, have);
-    }
-    return QG_SUCCESS;
-}
-
 /* ---------------------------------------------------------------- a job */
 
 static job make_job(const plan *p, void *scratch, const qg_backend *backend, const qg_linalg *linalg) {
@@ -622,7 +615,7 @@ qg_status qg_subspace_refresh(
     if (status == QG_SUCCESS) {
         status = qg_subspace_scratch_size(rows, cols, rank, 1, params->gemm_format, backend, linalg, &need);
     }
-    if (status != QG_SUCCESS || (status = check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
+    if (status != QG_SUCCESS || (status = qg_check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
         return status;
     }
     const qg_subspace_report nothing = {.struct_size = sizeof *report, .kept = 1};
@@ -687,7 +680,7 @@ qg_status qg_subspace_random(
     if (status == QG_SUCCESS) {
         status = qg_subspace_scratch_size(1, dim, rank, 1, QG_FLOAT32, backend, linalg, &need);
     }
-    if (status != QG_SUCCESS || (status = check_scratch(scratch, scratch_size, need)) != QG_SUCCESS || need == 0) {
+    if (status != QG_SUCCESS || (status = qg_check_scratch(scratch, scratch_size, need)) != QG_SUCCESS || need == 0) {
         return status;
     }
     const plan p = make_plan(1, dim, rank, 1, linalg);
@@ -764,7 +757,7 @@ qg_status qg_captured_energy(
     if (status == QG_SUCCESS) {
         status = qg_subspace_scratch_size(rows, cols, rank, sides, gemm_format, backend, linalg, &need);
     }
-    if (status != QG_SUCCESS || (status = check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
+    if (status != QG_SUCCESS || (status = qg_check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
         return status;
     }
     if (rank == 0) {

@@ -33,7 +33,7 @@ static void test_absmax(void) {
 }
 
 /* The same bits at every level and thread count, and the sum of the definition. */
-static void test_sum_of_squares(void) {
+static void test_sum_squares(void) {
     static const int64_t counts[] = {0, 1, 7, 8, 9, 63, 64, 65, 511, 513, 4099, 32767, 32768, 100003};
     for (int c = 0; c < 14 * 3; c++) {
         int64_t count = counts[c % 14];
@@ -48,13 +48,13 @@ static void test_sum_of_squares(void) {
             for (int threads = 1; level(simd) != NULL && threads <= 3; threads++) {
                 double *got = guarded(8, 8);
                 omp_set_num_threads(threads);
-                level(simd)->sum_of_squares(got, source, count);
+                level(simd)->sum_squares(got, source, QG_FLOAT32, count);
                 want = simd == 0 && threads == 1 ? *got : want;
                 CHECK_BYTES(got, &want, 8, "sum of %lld squares, level %d", (long long)count, simd);
             }
         }
         CHECK(fabsl(want - exact) <= 1e-13L * exact, "%lld squares: %.17g, not %.17Lg", (long long)count, want, exact);
-        RELEASE("sum_of_squares writes outside its output");
+        RELEASE("sum_squares writes outside its output");
     }
 }
 
@@ -194,7 +194,7 @@ int main(void) {
     random_seed(7);
     test_absmax();
     test_absmax_extremes();
-    test_sum_of_squares();
+    test_sum_squares();
     test_absmax_threads();
     test_cast_values();
     test_cast_shapes();

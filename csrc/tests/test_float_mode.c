@@ -45,7 +45,7 @@ static void every_kernel(results *r, const qg_backend *backend) {
     memset(r, 0, sizeof *r);
     CHECK_OK(qg_noise(r->noise, 1, 2, 3, 0, COUNT, backend));
     CHECK_OK(qg_absmax(&r->absmax, tiny_half, QG_BFLOAT16, COUNT, backend));
-    backend->sum_of_squares(&r->sum_of_squares, tiny, COUNT);
+    backend->sum_squares(&r->sum_of_squares, tiny, QG_FLOAT32, COUNT);
     backend->cast(r->widened, QG_FLOAT32, tiny_half, QG_FLOAT16, 1, COUNT, COUNT);
     backend->cast(r->narrowed[0], QG_BFLOAT16, tiny, QG_FLOAT32, 1, COUNT, COUNT);
     backend->cast(r->narrowed[1], QG_FLOAT16, tiny, QG_FLOAT32, 1, COUNT, COUNT);
