@@ -16,6 +16,11 @@ qg_status qg_check_sizes(const char *what, int64_t rows, int64_t cols) {
     return QG_SUCCESS;
 }
 
+qg_status qg_check_backend(const qg_backend *backend) {
+    return backend != NULL ? QG_SUCCESS
+                           : qg_fail(QG_INVALID_ARGUMENT, "backend: expected a table of kernels, got NULL");
+}
+
 qg_status qg_check_scratch(const void *scratch, size_t have, size_t need) {
     if (have < need || (need > 0 && scratch == NULL)) {
         return qg_fail(QG_INVALID_ARGUMENT, "scratch: expected %zu bytes, got %zu", need, have);

@@ -4,6 +4,8 @@
 
 #include "q_galore.h"
 
+qg_status qg_check_backend(const qg_backend *backend);
+
 /* A projector that the kernels can read: format, sizes, block, and the arrays that the format has. `what` names it. */
 qg_status qg_check_projector(const char *what, const qg_projector *projector);
 

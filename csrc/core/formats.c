@@ -7,11 +7,6 @@
 
 /* ---------------------------------------------------------------- checks */
 
-static qg_status check_backend(const qg_backend *backend) {
-    return backend != NULL ? QG_SUCCESS
-                           : qg_fail(QG_INVALID_ARGUMENT, "backend: expected a table of kernels, got NULL");
-}
-
 static qg_status check_pointer(const char *what, const void *pointer) {
     return pointer != NULL ? QG_SUCCESS : qg_fail(QG_INVALID_ARGUMENT, "%s: expected an array, got NULL", what);
 }
@@ -70,7 +65,7 @@ static qg_status check_projector(const qg_projector *projector) {
 }
 
 static qg_status check_dynamic8(int64_t rows, int64_t cols, int32_t block, int is_signed, const qg_backend *backend) {
-    qg_status status = check_backend(backend);
+    qg_status status = qg_check_backend(backend);
     if (status == QG_SUCCESS) {
         status = qg_check_sizes("moments", rows, cols);
     }
@@ -93,7 +88,7 @@ qg_status qg_noise(
     int64_t start,
     int64_t count,
     const qg_backend *backend) {
-    qg_status status = check_backend(backend);
+    qg_status status = qg_check_backend(backend);
     if (status == QG_SUCCESS && (start < 0 || count < 0 || start > INT64_MAX - count)) {
         status = qg_fail(
             QG_INVALID_ARGUMENT, "start, count: expected numbers >= 0 whose sum fits 63 bits, got %lld, %lld",
@@ -108,7 +103,7 @@ qg_status qg_noise(
 }
 
 qg_status qg_absmax(float *out, const void *source, qg_format source_format, int64_t count, const qg_backend *backend) {
-    qg_status status = check_backend(backend);
+    qg_status status = qg_check_backend(backend);
     if (status == QG_SUCCESS) {
         status = check_pointer("out", out);
     }
@@ -134,7 +129,7 @@ qg_status qg_int8_quantize(
     const void *source,
     qg_format source_format,
     const qg_backend *backend) {
-    qg_status status = check_backend(backend);
+    qg_status status = qg_check_backend(backend);
     if (status == QG_SUCCESS) {
         status = check_int8_weight(weight);
     }
@@ -159,7 +154,7 @@ qg_status qg_int8_dequantize(
     void *target,
     qg_format target_format,
     const qg_backend *backend) {
-    qg_status status = check_backend(backend);
+    qg_status status = qg_check_backend(backend);
     if (status == QG_SUCCESS) {
         status = check_int8_weight(weight);
     }
@@ -178,7 +173,7 @@ qg_status qg_int8_dequantize(
 /* ---------------------------------------------------------------- projectors */
 
 qg_status qg_projector_quantize(const qg_projector *projector, const float *source, const qg_backend *backend) {
-    qg_status status = check_backend(backend);
+    qg_status status = qg_check_backend(backend);
     if (status == QG_SUCCESS) {
         status = check_projector(projector);
     }
@@ -200,7 +195,7 @@ qg_status qg_projector_dequantize(
     void *target,
     qg_format target_format,
     const qg_backend *backend) {
-    qg_status status = check_backend(backend);
+    qg_status status = qg_check_backend(backend);
     if (status == QG_SUCCESS) {
         status = check_projector(projector);
     }

@@ -17,6 +17,7 @@
 
 #include "core/backend.h"
 #include "core/check.h"
+#include "core/scratch.h"
 #include "core/status.h"
 
 enum {
@@ -24,7 +25,6 @@ enum {
     BASIS_ROWS = 128,      /* basis vectors decoded at a time when projecting on the left */
     RIGHT_ROWS = 32,       /* vectors of the right basis at a time when projecting on both sides: this many or more */
     CHUNK_ELEMENTS = 4096, /* elements of an unprojected weight that one thread handles at a time, before alignment */
-    ALIGNMENT = 64
 };
 
 /* ---------------------------------------------------------------- coefficients */
@@ -71,22 +71,6 @@ static int64_t common_multiple(int64_t a, int64_t b, int64_t least) {
     return (least + lcm - 1) / lcm * lcm;
 }
 
-static int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
-static int64_t larger(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
-static size_t format_bytes(qg_format format) {
-    return format == QG_FLOAT32 ? 4 : 2;
-}
-
-static size_t aligned(size_t bytes) {
-    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-}
-
 static int64_t moment_block(const qg_moments *moments) {
     return moments->format == QG_DYNAMIC8 ? moments->block : 1;
 }
@@ -98,7 +82,7 @@ static int64_t weight_group(const qg_weight *weight) {
 /* Whole blocks and groups, or the whole weight where that is less. */
 static int64_t adam8_chunk(const qg_step_task *task) {
     int64_t chunk = common_multiple(moment_block(&task->moments), weight_group(&task->weight), CHUNK_ELEMENTS);
-    return smaller(chunk, task->weight.rows * task->weight.cols);
+    return qg_smaller(chunk, task->weight.rows * task->weight.cols);
 }
 
 /* Sizes and scratch offsets of one projected step. */
@@ -132,30 +116,30 @@ static plan make_plan(const qg_step_task *task, const qg_step_params *params) {
     int64_t group = weight_group(weight);
     int64_t group_rows = group / gcd(group, weight->cols); /* so many rows end at a group's end */
     int64_t block_rows = right ? moment_block(&task->moments) : 1;
-    p.tile_rows = smaller(common_multiple(block_rows, group_rows, TILE_ROWS), weight->rows);
+    p.tile_rows = qg_smaller(common_multiple(block_rows, group_rows, TILE_ROWS), weight->rows);
 
-    size_t element = format_bytes(params->gemm_format);
+    size_t element = qg_float_bytes(params->gemm_format);
     int64_t basis_elements = p.rank * p.dim;
     if (!right) {
         int64_t slice = p.rank * p.tile_rows;
-        int64_t piece = smaller(p.rank, BASIS_ROWS) * p.dim;
-        int64_t right_piece = full ? smaller(p.rank, RIGHT_ROWS) * weight->cols : 0;
-        basis_elements = larger(slice, larger(piece, right_piece));
+        int64_t piece = qg_smaller(p.rank, BASIS_ROWS) * p.dim;
+        int64_t right_piece = full ? qg_smaller(p.rank, RIGHT_ROWS) * weight->cols : 0;
+        basis_elements = qg_larger(slice, qg_larger(piece, right_piece));
     }
-    p.slice_rows = smaller(basis_elements / weight->cols, p.rank);
-    p.slice_cols = smaller(basis_elements / p.rank, weight->cols);
+    p.slice_rows = qg_smaller(basis_elements / weight->cols, p.rank);
+    p.slice_cols = qg_smaller(basis_elements / p.rank, weight->cols);
     int64_t normalised_elements = p.rank * (p.whole ? p.other : p.tile_rows);
     int64_t rounded_elements = p.rank * (right ? p.tile_rows : p.other);
     p.basis = 0;
-    p.normalised = p.basis + aligned((size_t)basis_elements * element);
-    p.rounded = p.normalised + aligned((size_t)normalised_elements * 4);
-    p.inner = p.rounded + (params->gemm_format == QG_FLOAT32 ? 0 : aligned((size_t)rounded_elements * element));
-    p.tile = p.inner + (full ? aligned((size_t)(p.rank * weight->cols) * element) : 0);
+    p.normalised = p.basis + qg_aligned_size((size_t)basis_elements * element);
+    p.rounded = p.normalised + qg_aligned_size((size_t)normalised_elements * 4);
+    p.inner = p.rounded + (params->gemm_format == QG_FLOAT32 ? 0 : qg_aligned_size((size_t)rounded_elements * element));
+    p.tile = p.inner + (full ? qg_aligned_size((size_t)(p.rank * weight->cols) * element) : 0);
     int64_t tile_elements = p.tile_rows * weight->cols;
     if (tile_elements < p.dim) {
         tile_elements = p.dim; /* one cast column of G */
     }
-    p.bytes = p.tile + aligned((size_t)tile_elements * element) + ALIGNMENT;
+    p.bytes = p.tile + qg_aligned_size((size_t)tile_elements * element) + QG_ALIGNMENT;
     return p;
 }
 
@@ -185,12 +169,8 @@ qg_status qg_adam8_scratch_size(
             chunk = adam8_chunk(&tasks[i]);
         }
     }
-    *bytes = chunk == 0 ? 0 : (size_t)chunk * (size_t)backend->threads() * 4 + ALIGNMENT;
+    *bytes = chunk == 0 ? 0 : (size_t)chunk * (size_t)backend->threads() * 4 + QG_ALIGNMENT;
     return QG_SUCCESS;
-}
-
-static void *align(void *scratch) {
-    return (void *)(((uintptr_t)scratch + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
 }
 
 qg_status qg_adam8_step(
@@ -215,7 +195,7 @@ qg_status qg_adam8_step(
         qg_noise_stream stream = noise_stream(params, task);
         backend->adam_update(
             &task->weight, &task->moments, task->gradient, task->grad_format, &adam, &update, &stream, task->stats,
-            adam8_chunk(task), align(scratch));
+            adam8_chunk(task), qg_aligned(scratch));
     }
     return QG_SUCCESS;
 }
@@ -245,10 +225,6 @@ typedef struct operand {
     void *data;
     int64_t row_stride;
 } operand;
-
-static const void *element_at(const void *base, qg_format format, int64_t index) {
-    return (const char *)base + index * (int64_t)format_bytes(format);
-}
 
 static qg_status gemm(
     const job *j,
@@ -294,7 +270,7 @@ static void normalise(const job *j, int64_t first, int64_t cols) {
     qg_format format = j->gemm_format;
     int64_t stride = r.row_stride;
     if (task->low_rank_gradient) {
-        gradient = element_at(task->gradient, task->grad_format, first);
+        gradient = qg_float_at(task->gradient, task->grad_format, first);
         format = task->grad_format;
         stride = j->plan.other;
     }
@@ -340,7 +316,7 @@ static qg_status normalise_rows(const job *j, int64_t row, int64_t rows) {
     qg_status status = QG_SUCCESS;
     if (!task->low_rank_gradient) {
         const operand r = low_rank_columns(j, row, rows);
-        const void *gradient = element_at(task->gradient, task->grad_format, row * n);
+        const void *gradient = qg_float_at(task->gradient, task->grad_format, row * n);
         if (task->grad_format != j->gemm_format) {
             j->backend->cast(j->tile, j->gemm_format, gradient, task->grad_format, rows, n, n);
             gradient = j->tile;
@@ -371,7 +347,7 @@ static qg_status step_right(job *j) {
     qg_status status = QG_SUCCESS;
     j->backend->projector_dequantize(&j->task->projector, 0, j->plan.rank, 0, weight->cols, j->basis, j->gemm_format);
     for (int64_t row = 0; status == QG_SUCCESS && row < weight->rows; row += j->plan.tile_rows) {
-        int64_t rows = smaller(j->plan.tile_rows, weight->rows - row);
+        int64_t rows = qg_smaller(j->plan.tile_rows, weight->rows - row);
         status = normalise_rows(j, row, rows);
         if (status == QG_SUCCESS && !limited) {
             status = apply_rows(j, row, rows);
@@ -382,7 +358,7 @@ static qg_status step_right(job *j) {
     }
     limit_growth(j);
     for (int64_t row = 0; status == QG_SUCCESS && row < weight->rows; row += j->plan.tile_rows) {
-        status = apply_rows(j, row, smaller(j->plan.tile_rows, weight->rows - row));
+        status = apply_rows(j, row, qg_smaller(j->plan.tile_rows, weight->rows - row));
     }
     return status;
 }
@@ -394,20 +370,20 @@ static qg_status project_left(const job *j, void *out) {
     const plan *p = &j->plan;
     int64_t m = task->weight.rows, n = task->weight.cols;
     int must_cast = task->grad_format != j->gemm_format;
-    int64_t tile_cols = must_cast ? smaller(n, p->tile_rows * n / m > 0 ? p->tile_rows * n / m : 1) : n;
+    int64_t tile_cols = must_cast ? qg_smaller(n, p->tile_rows * n / m > 0 ? p->tile_rows * n / m : 1) : n;
     for (int64_t vector = 0; vector < p->rank; vector += BASIS_ROWS) {
-        int64_t vectors = smaller(BASIS_ROWS, p->rank - vector);
+        int64_t vectors = qg_smaller(BASIS_ROWS, p->rank - vector);
         j->backend->projector_dequantize(&task->projector, vector, vectors, 0, m, j->basis, j->gemm_format);
         for (int64_t col = 0; col < n; col += tile_cols) {
-            int64_t cols = smaller(tile_cols, n - col);
-            const void *gradient = element_at(task->gradient, task->grad_format, col);
+            int64_t cols = qg_smaller(tile_cols, n - col);
+            const void *gradient = qg_float_at(task->gradient, task->grad_format, col);
             int64_t stride = n;
             if (must_cast) {
                 j->backend->cast(j->tile, j->gemm_format, gradient, task->grad_format, m, cols, n);
                 gradient = j->tile;
                 stride = cols;
             }
-            void *target = (void *)element_at(out, j->gemm_format, vector * n + col);
+            void *target = (void *)qg_float_at(out, j->gemm_format, vector * n + col);
             qg_status status = gemm(j, vectors, cols, m, j->basis, m, 1, gradient, stride, 1, target, n);
             if (status != QG_SUCCESS) {
                 return status;
@@ -424,8 +400,8 @@ static qg_status project_both(const job *j) {
     const operand r = low_rank_columns(j, 0, p->rank);
     qg_status status = project_left(j, j->inner);
     for (int64_t vector = 0; status == QG_SUCCESS && vector < p->rank; vector += p->slice_rows) {
-        int64_t vectors = smaller(p->slice_rows, p->rank - vector);
-        void *target = (void *)element_at(r.data, j->gemm_format, vector);
+        int64_t vectors = qg_smaller(p->slice_rows, p->rank - vector);
+        void *target = (void *)qg_float_at(r.data, j->gemm_format, vector);
         j->backend->projector_dequantize(&j->task->right_projector, vector, vectors, 0, n, j->basis, j->gemm_format);
         status = gemm(j, p->rank, vectors, n, j->inner, n, 1, j->basis, 1, n, target, r.row_stride);
     }
@@ -438,8 +414,8 @@ static qg_status expand_right(const job *j, operand d) {
     int64_t n = j->task->weight.cols;
     qg_status status = QG_SUCCESS;
     for (int64_t col = 0; status == QG_SUCCESS && col < n; col += p->slice_cols) {
-        int64_t cols = smaller(p->slice_cols, n - col);
-        void *target = (void *)element_at(j->inner, j->gemm_format, col);
+        int64_t cols = qg_smaller(p->slice_cols, n - col);
+        void *target = (void *)qg_float_at(j->inner, j->gemm_format, col);
         j->backend->projector_dequantize(&j->task->right_projector, 0, p->rank, col, cols, j->basis, j->gemm_format);
         status = gemm(j, p->rank, cols, p->rank, d.data, d.row_stride, 1, j->basis, cols, 1, target, n);
     }
@@ -469,7 +445,7 @@ static qg_status step_left(job *j) {
         d = (operand){j->inner, n};
     }
     for (int64_t row = 0; status == QG_SUCCESS && row < task->weight.rows; row += p->tile_rows) {
-        int64_t rows = smaller(p->tile_rows, task->weight.rows - row); /* U[rows, :] = P[:, rows]^T (N or N P_R) */
+        int64_t rows = qg_smaller(p->tile_rows, task->weight.rows - row); /* U[rows, :] = P[:, rows]^T (N or N P_R) */
         j->backend->projector_dequantize(&task->projector, 0, p->rank, row, rows, j->basis, j->gemm_format);
         status = gemm(j, rows, n, p->rank, j->basis, 1, rows, d.data, d.row_stride, 1, j->tile, n);
         if (status == QG_SUCCESS) {
@@ -515,8 +491,8 @@ qg_status qg_galore_step(
     if (status != QG_SUCCESS || (status = qg_check_scratch(scratch, scratch_size, need)) != QG_SUCCESS) {
         return status;
     }
-    if (backend == NULL) {
-        return qg_fail(QG_INVALID_ARGUMENT, "backend: expected a table of kernels, got NULL");
+    if ((status = qg_check_backend(backend)) != QG_SUCCESS) {
+        return status;
     }
     if (linalg == NULL || linalg->struct_size != sizeof *linalg || linalg->gemm == NULL) {
         return qg_fail(QG_INVALID_ARGUMENT, "linalg: expected a qg_linalg with struct_size %zu", sizeof *linalg);
@@ -526,7 +502,7 @@ qg_status qg_galore_step(
         if (is_empty(task)) {
             continue;
         }
-        char *memory = align(scratch);
+        char *memory = qg_aligned(scratch);
         job j = {
             .task = task,
             .params = params,

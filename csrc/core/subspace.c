@@ -21,6 +21,7 @@
 
 #include "core/backend.h"
 #include "core/check.h"
+#include "core/scratch.h"
 #include "core/status.h"
 
 enum {
@@ -31,7 +32,6 @@ enum {
     GRAM_ROWS = 128,         /* rows of a Gram matrix or of a triangular product at a time: the rest is zero or known */
     TILE_ELEMENTS = 1 << 20, /* of G, cast at a time, */
     TILE_LEAST = 128,        /* but at least so many rows or columns */
-    ALIGNMENT = 64
 };
 
 static const double CLOSE = 1e-5;     /* max |Q^T Q - I| of a finished basis */
@@ -93,34 +93,22 @@ typedef struct job {
     int fallbacks;
 } job;
 
-static int64_t smaller(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-
-static int64_t larger(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
-static size_t aligned(size_t bytes) {
-    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-}
-
 static plan make_plan(int64_t rows, int64_t cols, int64_t rank, int32_t sides, const qg_linalg *linalg) {
-    const int64_t longest = larger(rows, cols);
-    const size_t square = aligned((size_t)(rank * rank) * sizeof(float));
+    const int64_t longest = qg_larger(rows, cols);
+    const size_t square = qg_aligned_size((size_t)(rank * rank) * sizeof(float));
     plan p = {
-        .tile_rows = smaller(rows, larger(TILE_LEAST, TILE_ELEMENTS / cols)),
-        .tile_cols = smaller(cols, larger(TILE_LEAST, TILE_ELEMENTS / rows)),
-        .half = aligned((size_t)(rank * longest) * 2),
+        .tile_rows = qg_smaller(rows, qg_larger(TILE_LEAST, TILE_ELEMENTS / cols)),
+        .tile_cols = qg_smaller(cols, qg_larger(TILE_LEAST, TILE_ELEMENTS / rows)),
+        .half = qg_aligned_size((size_t)(rank * longest) * 2),
     };
     p.spare = p.current + 2 * p.half;
     p.kept = p.spare + 2 * p.half;
     p.gram = p.kept + (sides == 2 ? 2 * p.half : 0);
     p.inverse = p.gram + square;
     p.tile = p.inverse + square;
-    p.work = p.tile + aligned((size_t)larger(p.tile_rows * cols, rows * p.tile_cols) * sizeof(float));
-    p.numbers = p.work + aligned(linalg->work_size(linalg, rank, longest));
-    p.bytes = p.numbers + aligned(sizeof(numbers)) + ALIGNMENT;
+    p.work = p.tile + qg_aligned_size((size_t)qg_larger(p.tile_rows * cols, rows * p.tile_cols) * sizeof(float));
+    p.numbers = p.work + qg_aligned_size(linalg->work_size(linalg, rank, longest));
+    p.bytes = p.numbers + qg_aligned_size(sizeof(numbers)) + QG_ALIGNMENT;
     return p;
 }
 
@@ -131,8 +119,9 @@ static int is_float(qg_format format) {
 }
 
 static qg_status check_tables(const qg_backend *backend, const qg_linalg *linalg) {
-    if (backend == NULL) {
-        return qg_fail(QG_INVALID_ARGUMENT, "backend: expected a table of kernels, got NULL");
+    qg_status status = qg_check_backend(backend);
+    if (status != QG_SUCCESS) {
+        return status;
     }
     if (linalg == NULL || linalg->struct_size != sizeof *linalg || linalg->gemm == NULL || linalg->potrf == NULL ||
         linalg->trtri == NULL || linalg->qr == NULL || linalg->work_size == NULL) {
@@ -182,7 +171,7 @@ qg_status qg_subspace_scratch_size(
         status = qg_check_sizes("gradient", rows, cols);
     }
     if (status == QG_SUCCESS) {
-        status = qg_check_sizes("basis", rank, larger(rows, cols));
+        status = qg_check_sizes("basis", rank, qg_larger(rows, cols));
     }
     if (status != QG_SUCCESS) {
         return status;
@@ -190,9 +179,9 @@ qg_status qg_subspace_scratch_size(
     if (gemm_format != QG_FLOAT32 && gemm_format != QG_BFLOAT16) {
         return qg_fail(QG_UNSUPPORTED, "gemm_format %d: expected FLOAT32 or BFLOAT16", (int)gemm_format);
     }
-    if (rank > larger(rows, cols)) {
+    if (rank > qg_larger(rows, cols)) {
         return qg_fail(
-            QG_INVALID_ARGUMENT, "rank: expected at most %lld, got %lld", (long long)larger(rows, cols),
+            QG_INVALID_ARGUMENT, "rank: expected at most %lld, got %lld", (long long)qg_larger(rows, cols),
             (long long)rank);
     }
     if ((sides != 1 && sides != 2) || bytes == NULL) {
@@ -207,7 +196,7 @@ qg_status qg_subspace_scratch_size(
 /* ---------------------------------------------------------------- a job */
 
 static job make_job(const plan *p, void *scratch, const qg_backend *backend, const qg_linalg *linalg) {
-    char *memory = (char *)(((uintptr_t)scratch + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT);
+    char *memory = qg_aligned(scratch);
     return (job){
         .backend = backend,
         .linalg = linalg,
@@ -272,7 +261,7 @@ static qg_status gemm32(
 /* gram = M M^T, the lower triangle in blocks, then its distance from I and the shift. */
 static qg_status make_gram(job *j, int64_t rank, int64_t length) {
     for (int64_t i = 0; i < rank; i += GRAM_ROWS) {
-        const int64_t rows = smaller(GRAM_ROWS, rank - i);
+        const int64_t rows = qg_smaller(GRAM_ROWS, rank - i);
         qg_status status = gemm32(
             j, rows, i + rows, length, j->current + i * length, length, j->current, 1, length, j->gram + i * rank,
             rank);
@@ -298,7 +287,7 @@ static qg_status divide_by_root(job *j, int64_t rank, int64_t length, int32_t *f
         status = qg_from_linalg("trtri", j->linalg->trtri(j->linalg, rank, j->gram, j->inverse, j->work));
     }
     for (int64_t i = 0; status == QG_SUCCESS && i < rank; i += GRAM_ROWS) {
-        const int64_t rows = smaller(GRAM_ROWS, rank - i);
+        const int64_t rows = qg_smaller(GRAM_ROWS, rank - i);
         status = gemm32(
             j, rows, length, i + rows, j->inverse + i * rank, rank, j->current, length, 1, j->spare + i * length,
             length);
@@ -404,10 +393,6 @@ static qg_status load_basis(job *j, const float *basis, int64_t rank, int64_t di
 
 /* ---------------------------------------------------------------- products with G */
 
-static const char *element_at(const void *base, qg_format format, int64_t index) {
-    return (const char *)base + index * (format == QG_FLOAT32 ? 4 : 2);
-}
-
 static char *half_of(const job *j) {
     return (char *)j->spare + j->plan.half;
 }
@@ -421,7 +406,7 @@ static void *product_of(const job *j) {
 static qg_status multiply_part(const job *j, int64_t rank, int along_rows, int64_t first, int64_t count) {
     const int64_t length = along_rows ? j->cols : j->rows, out = along_rows ? j->rows : j->cols;
     const void *factor = j->gemm_format == QG_FLOAT32 ? j->current : j->spare;
-    const void *g = element_at(j->gradient, j->grad_format, along_rows ? first * j->cols : first);
+    const void *g = qg_float_at(j->gradient, j->grad_format, along_rows ? first * j->cols : first);
     int64_t stride = j->cols;
     if (j->grad_format != j->gemm_format || j->scale != 1.0f) {
         const int64_t rows = along_rows ? count : j->rows, cols = along_rows ? j->cols : count;
@@ -429,7 +414,7 @@ static qg_status multiply_part(const job *j, int64_t rank, int along_rows, int64
         g = j->tile;
         stride = cols;
     }
-    void *target = (void *)element_at(product_of(j), j->gemm_format, first);
+    void *target = (void *)qg_float_at(product_of(j), j->gemm_format, first);
     const qg_status status = j->linalg->gemm(
         j->linalg->context, j->gemm_format, 0, rank, count, length, factor, length, 1, g, along_rows ? 1 : stride,
         along_rows ? stride : 1, target, out);
@@ -445,7 +430,7 @@ static qg_status multiply(job *j, int64_t rank, int along_rows) {
         j->backend->cast(j->spare, j->gemm_format, j->current, QG_FLOAT32, rank, length, length);
     }
     for (int64_t first = 0; first < out; first += tile) {
-        qg_status status = multiply_part(j, rank, along_rows, first, smaller(tile, out - first));
+        qg_status status = multiply_part(j, rank, along_rows, first, qg_smaller(tile, out - first));
         if (status != QG_SUCCESS) {
             return status;
         }
@@ -744,7 +729,7 @@ qg_status qg_captured_energy(
     if (energy == NULL) {
         return qg_fail(QG_INVALID_ARGUMENT, "expected a place for the energy, got NULL");
     }
-    const int64_t rank = larger(right_rank, left_rank);
+    const int64_t rank = qg_larger(right_rank, left_rank);
     const int32_t sides = right_rank > 0 && left_rank > 0 ? 2 : 1;
     size_t need = 0;
     qg_status status = check_gradient(rows, cols, gradient, grad_format);
