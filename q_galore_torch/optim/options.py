@@ -287,10 +287,8 @@ def _refuse_unknown(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
 def _check_projected(options: dict[str, Any]) -> dict[str, Any]:
     options["proj_format"], options["proj_block"] = _projector_format(options)
-    if options.get("lazy_rule") == "upstream":
-        if options.get("subspace") not in (None, "svd"):
-            raise _refuse("subspace", options["subspace"], "'svd' under lazy_rule='upstream', which compares these")
-        options["subspace"] = "svd"
+    if options.get("lazy_rule") == "upstream" and options.get("subspace") not in (None, "svd"):
+        raise _refuse("subspace", options["subspace"], "'svd' under lazy_rule='upstream', which compares these")
     checked = _check_values(options)
     if checked["lazy_rule"] != "upstream" and options.get("cos_threshold") is not None:
         _warn_once(
@@ -302,6 +300,8 @@ def _check_projected(options: dict[str, Any]) -> dict[str, Any]:
 def _check_values(options: Mapping[str, Any]) -> dict[str, Any]:
     checked = {key: option.check(key, options.get(key, option.default)) for key, option in PROJECTED.items()}
     _refuse_low_cap(checked)
+    if checked["lazy_rule"] == "upstream":
+        checked["subspace"] = "svd"
     return checked
 
 

@@ -138,12 +138,12 @@ def _new_basis(
     first = state["refreshes"] == 0
     upstream = group["lazy_rule"] == "upstream"
     seed, id, dtype = group["seed"], state["id"], group["compute_dtype"]
-    if group["subspace"] == "random" and not upstream:
+    if group["subspace"] == "random":
         return subspace.random_basis(rank, dim, seed, id, draw)
     assert gradient is not None
     if first and not low_rank and not upstream:
         return subspace.cold_basis(gradient, side, rank, seed, id, dtype)
-    if group["subspace"] == "svd" or upstream:
+    if group["subspace"] == "svd":
         basis = subspace.svd_basis(gradient, side, rank)
         if basis is None or upstream:
             return basis
@@ -220,15 +220,21 @@ def compare(state: dict[str, Any], group: dict[str, Any], shapes: Projection, gr
 def _stretch(state: dict[str, Any], group: dict[str, Any], similarity: float) -> None:
     """A full queue whose mean reaches the threshold stretches the gap; one similarity below it takes that back."""
     base, threshold = group["update_proj_gap"], group["energy_threshold"]
-    queue = [*state["queue"].tolist(), similarity][-group["queue_size"] :]
+    queue, full = _queued(state, group, similarity)
     gap = state["gap"]
     if similarity < threshold:
         gap = base
-    elif len(queue) == group["queue_size"] and sum(queue) / len(queue) >= threshold:
+    elif full and sum(queue) / len(queue) >= threshold:
         multiple = math.ceil(gap * group["gamma_proj"] / base)
         gap = base * min(multiple, longest_gap(group) // base)
         queue = []
     state["gap"], state["queue"] = gap, torch.tensor(queue, dtype=torch.float64)
+
+
+def _queued(state: dict[str, Any], group: dict[str, Any], similarity: float) -> tuple[list[float], bool]:
+    """The last similarities with a new one, and whether there are as many as decide."""
+    queue = [*state["queue"].tolist(), similarity][-group["queue_size"] :]
+    return queue, len(queue) == group["queue_size"]
 
 
 def _stretch_upstream(state: dict[str, Any], group: dict[str, Any], vector: Tensor) -> None:
@@ -237,8 +243,8 @@ def _stretch_upstream(state: dict[str, Any], group: dict[str, Any], vector: Tens
     if past.numel() == 0:
         return
     similarity = F.cosine_similarity(past, vector, dim=0).item()
-    queue = [*state["queue"].tolist(), similarity][-group["queue_size"] :]
+    queue, full = _queued(state, group, similarity)
     state["queue"] = torch.tensor(queue, dtype=torch.float64)
     state["measured"][SIMILARITY] = similarity
-    if len(queue) == group["queue_size"] and sum(queue) / len(queue) >= group["cos_threshold"]:
+    if full and sum(queue) / len(queue) >= group["cos_threshold"]:
         state["gap"] = int(state["gap"] * group["gamma_proj"])
