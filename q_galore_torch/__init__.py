@@ -3,6 +3,7 @@
 from q_galore_torch.nn import QGaLoreLinear, export_model, num_parameters, param_groups, prepare_model
 from q_galore_torch.optim import NonFiniteGradientError, QGaLoreAdamW8bit
 from q_galore_torch.optim.clip import clip_grad_norm_
+from q_galore_torch.optim.per_layer import enable_per_layer
 
 __version__ = "2.0.0.dev0"
 
@@ -11,6 +12,7 @@ __all__ = [
     "QGaLoreAdamW8bit",
     "QGaLoreLinear",
     "clip_grad_norm_",
+    "enable_per_layer",
     "export_model",
     "num_parameters",
     "param_groups",

@@ -17,6 +17,10 @@ def clip_grad_norm_(optimizer: Optimizer, max_norm: float) -> Tensor:
     Returns:
         The norm before clipping, a scalar tensor.
 
+    Raises:
+        ValueError: ``max_norm`` is not a number > 0.
+        RuntimeError: the optimizer updates per layer, where the gradients are gone by now.
+
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3))
         >>> weight.grad = torch.tensor([3.0, 0.0, 4.0])
@@ -25,5 +29,7 @@ def clip_grad_norm_(optimizer: Optimizer, max_norm: float) -> Tensor:
     """
     if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
         raise ValueError(f"max_norm must be a number > 0, got {max_norm!r}")
+    if getattr(optimizer, "_per_layer", None) is not None:
+        raise RuntimeError("per-layer updates clip by themselves: give max_grad_norm to enable_per_layer")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm)

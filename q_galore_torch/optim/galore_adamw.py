@@ -7,7 +7,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from q_galore_torch.optim.state import (
 )
 from q_galore_torch.optim.update import Work, checked_gradient, is_low_rank, keep_finite, update
 from q_galore_torch.subspace import first_refresh_steps, matrix_shape
+
+if TYPE_CHECKING:
+    from q_galore_torch.optim.per_layer import PerLayer
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +114,7 @@ class QGaLoreAdamW8bit(Optimizer):
         checked = options.check_constructor(given)
         self._ready = False
         self._seconds: defaultdict[int, float] = defaultdict(float)
+        self._per_layer: PerLayer | None = None
         super().__init__(params, {key: checked[key] for key in (*options.COMMON, *options.KEPT)})
         self._ready = True
         self._plan_first_refreshes([p for group in self.param_groups for p in group["params"]])
@@ -134,6 +138,8 @@ class QGaLoreAdamW8bit(Optimizer):
         before = len(self.param_groups)
         super().add_param_group(group)
         try:
+            if self._per_layer is not None:
+                self._per_layer.refuse_group(self.param_groups[-1])
             created = self._create_states(group, before)
         except Exception:
             del self.param_groups[before:]
@@ -225,15 +231,50 @@ class QGaLoreAdamW8bit(Optimizer):
             ValueError: a group's ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``, ``update_proj_gap`` or
                 ``max_proj_gap`` has become invalid.
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then.
-            RuntimeError: something else wrote to the layers' zero leaves.
+            RuntimeError: something else wrote to the layers' zero leaves, or, with per-layer updates, a backward pass
+                of this update failed.
+
+        With :func:`q_galore_torch.enable_per_layer` the backward passes have updated most parameters by then: this
+        updates the others and closes the update.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._per_layer is not None:
+            self._per_layer.close()
+        else:
+            self._prepare()
+            self._apply(self._collect())
+        self._mark_due()
+        return loss
+
+    def _prepare(self) -> None:
+        """Before anything is updated: take over new leaves, check what users and other code may have changed."""
         options.check_settings(self.param_groups)
         self._adopt()
-        work, sizes = keep_finite(self._collect())
+        check_untouched([p for p, _, _ in self._parameters() if isinstance(p, ZeroLeaf)])
+
+    def _collect(self) -> list[Work]:
+        """Everything that has a gradient."""
+        return [self._work(*entry) for entry in self._parameters() if entry[0].grad is not None]
+
+    def _work(self, parameter: Any, name: str, group: dict[str, Any]) -> Work:
+        state = self.state[parameter]
+        if is_low_rank(parameter) and not (parameter.binding is not None and parameter.binding.lends(state)):
+            raise RuntimeError(
+                f"{name} was taken over by an optimizer made later, and its gradient is of that one's projector"
+            )
+        shapes = projection_of(state) if group["rank"] is not None else None
+        target = target_of(parameter, name)
+        gradient = checked_gradient(parameter, name, shapes, target.low_rank)
+        return Work(parameter, name, group, state, target, gradient, shapes)
+
+    def _apply(self, work: list[Work], clip: Callable[[list[Work]], None] | None = None) -> None:
+        """One update of some parameters; ``clip`` scales the finite gradients in place before they are used."""
+        work, sizes = keep_finite(work)
+        if clip is not None:
+            clip(work)
         for item, size in zip(work, sizes, strict=True):
             if item.shapes is not None and not item.low_rank and size > 0:
                 self._refresh(item, item.gradient, item.state["step"], self._is_due(item))
@@ -241,25 +282,6 @@ class QGaLoreAdamW8bit(Optimizer):
         update(work)
         for item, due in after:
             self._refresh_after(item, due)
-        self._mark_due()
-        return loss
-
-    def _collect(self) -> list[Work]:
-        check_untouched([p for p, _, _ in self._parameters() if isinstance(p, ZeroLeaf)])
-        work = []
-        for parameter, name, group in self._parameters():
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if is_low_rank(parameter) and not (parameter.binding is not None and parameter.binding.lends(state)):
-                raise RuntimeError(
-                    f"{name} was taken over by an optimizer made later, and its gradient is of that one's projector"
-                )
-            shapes = projection_of(state) if group["rank"] is not None else None
-            target = target_of(parameter, name)
-            gradient = checked_gradient(parameter, name, shapes, target.low_rank)
-            work.append(Work(parameter, name, group, state, target, gradient, shapes))
-        return work
 
     def _is_due(self, item: Work) -> bool:
         assert item.shapes is not None
@@ -296,6 +318,8 @@ class QGaLoreAdamW8bit(Optimizer):
         """
         self._adopt()
         super().zero_grad(set_to_none)
+        if self._per_layer is not None:
+            self._per_layer.restart()
         for parameter, _, _ in self._parameters():
             if is_low_rank(parameter) and parameter.binding is not None:
                 parameter.binding.drop()
@@ -309,7 +333,12 @@ class QGaLoreAdamW8bit(Optimizer):
             >>> opt = QGaLoreAdamW8bit([torch.nn.Parameter(torch.ones(4))])
             >>> sorted(opt.state_dict())
             ['param_groups', 'state']
+
+        Raises:
+            RuntimeError: per-layer updates are on, and the update is not finished: call it after ``step()``.
         """
+        if self._per_layer is not None:
+            self._per_layer.refuse_open("state_dict()")
         self._adopt()
         return super().state_dict()
 
@@ -321,7 +350,10 @@ class QGaLoreAdamW8bit(Optimizer):
 
         Raises:
             ValueError: groups or shapes differ; nothing is loaded then.
+            RuntimeError: per-layer updates are on, and an update is not finished.
         """
+        if self._per_layer is not None:
+            self._per_layer.refuse_open("load_state_dict()")
         self._adopt()
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -372,6 +404,7 @@ class QGaLoreAdamW8bit(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._ready = True
         self._seconds = defaultdict(float)
+        self._per_layer = None
         super().__setstate__(state)
         self._bind()
 

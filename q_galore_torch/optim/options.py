@@ -160,6 +160,8 @@ GLOBAL: dict[str, Option] = {
 }
 # Constructor options that every group carries along, so that the state dict holds them.
 KEPT = ("seed", "nonfinite", "compute_dtype", "min_8bit_size")
+# What every group remembers of the update before. Not an option; it is here so that the state dict holds it.
+REMEMBERED: dict[str, Option] = {"last_grad_norm": Option(0.0, _rate)}
 # Options of a group with a rank.
 PROJECTED: dict[str, Option] = {
     "rank": Option(None, number(1, _int32, "an integer in [1, 2**31)", integer=True)),
@@ -236,6 +238,8 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
         checked[key] = COMMON[key].check(key, options.pop(key, defaults[key]))
     for key in KEPT:
         checked[key] = options.pop(key, defaults[key])
+    for key, entry in REMEMBERED.items():
+        checked[key] = entry.check(key, options.pop(key, entry.default))
     if options.get("rank") is None:
         options = {key: value for key, value in options.items() if value is not None}
         if options:
@@ -251,7 +255,7 @@ def check_saved(group: dict[str, Any]) -> None:
     Raises:
         ValueError: naming key, value and what is allowed; the group is unchanged then.
     """
-    known = {**COMMON, **{key: GLOBAL[key] for key in KEPT}}
+    known = {**COMMON, **{key: GLOBAL[key] for key in KEPT}, **REMEMBERED}
     checked = {key: option.check(key, group[key]) for key, option in known.items()}
     if group["rank"] is not None:
         checked.update(_check_values(group))
@@ -276,7 +280,7 @@ def check_settings(groups: Sequence[dict[str, Any]]) -> None:
 
 def _refuse_unknown(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     for key, value in options.items():
-        if key in KEPT and value == defaults[key]:
+        if (key in KEPT and value == defaults[key]) or key in REMEMBERED:
             continue  # a group that was taken from an optimizer
         if key in GLOBAL:
             raise ValueError(f"{key} is an option of the constructor, not of a group (got {value!r})")
