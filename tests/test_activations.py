@@ -49,10 +49,10 @@ class Reader(nn.Module):
         return sum((y.square().mean() for y in outputs), torch.zeros(()))
 
 
-def made(rank: int = HIDDEN // 4, *, model: nn.Module | None = None, gap: int = 1000, **options: Any) -> Any:
+def made(rank: int = HIDDEN // 4, *, model: Callable[[], nn.Module] = Block, gap: int = 1000, **options: Any) -> Any:
     """A prepared model and its optimizer."""
     torch.manual_seed(0)
-    prepared = qg.prepare_model(model or Block(), rank, r".*(readers|attn|mlp)\..*", **options)
+    prepared = qg.prepare_model(model(), rank, r".*(readers|attn|mlp)\..*", **options)
     return prepared, qg.QGaLoreAdamW8bit(qg.param_groups(prepared, update_proj_gap=gap), lr=0.01)
 
 
@@ -148,7 +148,7 @@ def test_bytes_kept_by_the_linear_layers_of_a_llama_block(proj_type: str, bound:
 def test_a_shared_input_is_projected_only_where_that_takes_less(
     widths: tuple[int, ...], rank: int, expected: bool, views: bool
 ) -> None:
-    model, opt = made(rank, model=Reader(*widths, views=views))
+    model, opt = made(rank, model=lambda: Reader(*widths, views=views))
     train_reader(model, opt)
     kept, _ = Kept(model).measure(lambda: model(data(0, 6, 64)))
     assert kept == 4 * 6 * (rank * len(widths) if expected else 64)
@@ -162,7 +162,7 @@ def train_reader(model: nn.Module, opt: Any, steps: int = 6) -> None:
 
 
 def test_an_input_is_forgotten_with_its_memory() -> None:
-    model, opt = made(8, model=Reader(64, 64))
+    model, opt = made(8, model=lambda: Reader(64, 64))
     before = len(activations._readers)
     train_reader(model, opt)
     assert len(activations._readers) == before
@@ -174,7 +174,7 @@ def test_no_number_depends_on_it(proj_type: str, way: str) -> None:
     """Fourteen steps with refreshes and comparisons: the same losses, R and codes, with and without checkpointing."""
     results, projecting = [], [0, 0]
     for save in (True, False):
-        model, opt = made(8, model=Block(32, 48), gap=4, proj_type=proj_type, save_projected=save)
+        model, opt = made(8, model=lambda: Block(32, 48), gap=4, proj_type=proj_type, save_projected=save)
 
         def run(x: Tensor, model: Any = model, save: bool = save) -> Tensor:
             x = x[..., :32]
@@ -207,7 +207,7 @@ class Twice(nn.Module):
 def test_a_layer_called_twice() -> None:
     results = []
     for save in (True, False):
-        model, opt = made(8, model=Twice(), gap=3, save_projected=save)
+        model, opt = made(8, model=Twice, gap=3, save_projected=save)
         seen = train(model, opt, 8, lambda x: model(x[..., :64]))  # noqa: B023
         assert layers(model)[0].leaf.binding.projects == save
         results.append([*seen, *model.state_dict().values()])
@@ -216,7 +216,7 @@ def test_a_layer_called_twice() -> None:
 
 def ready(gap: int = 1000) -> tuple[Any, Any, Any]:
     """A layer that projects its input in the next forward."""
-    model, opt = made(8, model=Reader(64), gap=gap)
+    model, opt = made(8, model=lambda: Reader(64), gap=gap)
     train_reader(model, opt)
     layer = layers(model)[0]
     assert layer.leaf.binding.projects and not layer.leaf.binding.due

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from q_galore_torch.nn.activations import cheaper_full
+from q_galore_torch.nn.leaf import numbered
 from q_galore_torch.subspace import FULL, LEFT, RIGHT
 
 if TYPE_CHECKING:
@@ -53,20 +55,86 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, stored, scales, zeros = ctx.saved_tensors
         layer: QGaLoreLinear = ctx.layer
-        kind = grad.device.type
-        # Autocast would round float32 products if backward() is called inside its block.
-        plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-        grad_x = grad_leaf = grad_bias = None
-        with plain:
-            dy = grad.reshape(-1, layer.out_features)  # of x's dtype, as the output was
-            if ctx.needs_input_grad[1]:
-                grad_leaf = leaf_gradient(kept, dy, layer, ctx.edition)
-            if ctx.needs_input_grad[0]:
-                weight = layer.decoded(stored, scales, zeros, dy.dtype)
-                grad_x = (dy @ weight).view(*grad.shape[:-1], layer.in_features)
-            if ctx.needs_input_grad[2]:
-                grad_bias = dy.sum(0, dtype=ctx.bias_dtype)
-        return grad_x, grad_leaf, grad_bias, None, None, None, None, None
+        wants_x, wants_leaf, wants_bias = ctx.needs_input_grad[:3]
+        weight = (stored, scales, zeros)
+        if torch.compiler.is_compiling():
+            leaf = layer.leaf
+            grad_x, grad_leaf = _traced(grad, kept, *weight, layer._number, leaf.shape, leaf.dtype, wants_x)
+        else:
+            grad_x, grad_leaf = gradients(grad, kept, *weight, layer, wants_x, ctx.edition)
+        grad_bias = grad.reshape(-1, layer.out_features).sum(0, dtype=ctx.bias_dtype) if wants_bias else None
+        wanted = (grad_x if wants_x else None, grad_leaf if wants_leaf else None, grad_bias)
+        return *wanted, None, None, None, None, None
+
+
+def gradients(
+    grad: Tensor,
+    kept: Tensor | None,
+    stored: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    layer: QGaLoreLinear,
+    wants_x: bool,
+    edition: tuple[Tensor, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x [..., n] and of the leaf, each empty where it is not wanted.
+
+    Args:
+        grad: of the output, [..., m].
+        kept: as for :func:`leaf_gradient`; None where the leaf's gradient is not wanted.
+        stored, scales, zeros: the weight.
+        layer: the layer.
+        wants_x: whether x needs one.
+        edition: of the basis under which ``kept`` was projected.
+    """
+    kind = grad.device.type
+    # Autocast would round float32 products if backward() is called inside its block.
+    plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with plain:
+        dy = grad.reshape(-1, layer.out_features)  # of x's dtype, as the output was
+        grad_leaf = dy.new_empty(0) if kept is None else leaf_gradient(kept, dy, layer, edition)
+        if not wants_x:
+            return dy.new_empty(0), grad_leaf
+        weight = layer.decoded(stored, scales, zeros, dy.dtype)
+        return (dy @ weight).view(*grad.shape[:-1], layer.in_features), grad_leaf
+
+
+# Due-ness must be asked in every step, so no CUDA graph may replay it.
+@torch.library.custom_op("q_galore::linear_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _traced(
+    grad: Tensor,
+    kept: Tensor | None,
+    stored: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    number: Tensor,
+    leaf_shape: Sequence[int],
+    leaf_dtype: torch.dtype,
+    wants_x: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`gradients` for a compiled graph, which finds the layer by its number when it runs.
+
+    Opaque to the compiler: a due step stashes its full gradient, and a compiler that saw the weight decoded here and in
+    the forward would decode it once and keep it in between.
+    """
+    return gradients(grad, kept, stored, scales, zeros, numbered(int(number)), wants_x)
+
+
+@_traced.register_fake
+def _(
+    grad: Tensor,
+    kept: Tensor | None,
+    stored: Tensor,
+    scales: Tensor | None,
+    zeros: Tensor | None,
+    number: Tensor,
+    leaf_shape: Sequence[int],
+    leaf_dtype: torch.dtype,
+    wants_x: bool,
+) -> tuple[Tensor, Tensor]:
+    none = grad.new_empty(0)
+    grad_x = grad.new_empty(*grad.shape[:-1], stored.shape[1]) if wants_x else none
+    return grad_x, torch.empty_like(none) if kept is None else grad.new_empty(leaf_shape, dtype=leaf_dtype)
 
 
 def leaf_gradient(kept: Tensor, dy: Tensor, layer: QGaLoreLinear, edition: tuple[Tensor, int] | None) -> Tensor:

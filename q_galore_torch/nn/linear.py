@@ -116,7 +116,7 @@ class QGaLoreLinear(nn.Module):
         kind = ZeroLeaf if grad_mode == "low_rank" else ZeroWeight
         shape = self._low_rank_shape() if grad_mode == "low_rank" else (out_features, in_features)
         self.register_parameter(self._leaf_name, kind(shape, where.device, self._leaf_dtype()))
-        self._uid = leaves.bind(self.leaf, self)
+        self._bind()
 
     # ------------------------------------------------------------ weight
 
@@ -207,6 +207,11 @@ class QGaLoreLinear(nn.Module):
             )
         return leaf
 
+    def _bind(self) -> None:
+        # A tensor, and on the CPU, as compiled code would be made anew for each value of an integer.
+        with torch.inference_mode(False):
+            self._number = torch.tensor(leaves.bind(self.leaf, self), device="cpu")
+
     def _low_rank_shape(self) -> tuple[int, int]:
         assert self.rank is not None
         if self.side == FULL:
@@ -249,7 +254,7 @@ class QGaLoreLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._uid = leaves.bind(self.leaf, self)
+        self._bind()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         name = self._leaf_name
@@ -320,7 +325,8 @@ class QGaLoreLinear(nn.Module):
         elif self.weight_bits is None and x.dtype != self.weight.dtype:
             name, dtype = self.label or "QGaLoreLinear", self.weight.dtype
             raise RuntimeError(f"{name} has a float weight and expects a {dtype} input like it, got {x.dtype}")
-        project = projects(x, self)
+        # What is due, and so what to keep, changes from step to step: a compiled graph always keeps x.
+        project = False if torch.compiler.is_compiling() else projects(x, self)
         if self.weight_bits is None:
             return LinearFunction.apply(x, self.leaf, self.bias, self.weight, None, None, self, project)
         return LinearFunction.apply(x, self.leaf, self.bias, self.qweight, self.scales, self.zeros, self, project)
