@@ -87,7 +87,7 @@ def test_all_linear_asks_the_model_for_its_head() -> None:
         (dict(grad_mode="both"), "grad_mode must be 'low_rank' or 'full', got 'both'"),
         (dict(grad_dtype="float16"), "grad_dtype must be 'float32' or 'bfloat16', got 'float16'"),
         (dict(proj_type="up"), "proj_type must be one of std, reverse_std, right, left, full, got 'up'"),
-        (dict(save_projected=False), "save_projected must be True for now, got False"),
+        (dict(save_projected=1), "save_projected must be True or False, got 1"),
     ],
 )
 def test_prepare_model_refuses_and_converts_nothing(options: dict[str, Any], message: str) -> None:

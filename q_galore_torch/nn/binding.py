@@ -12,6 +12,7 @@ from q_galore_torch import ops
 from q_galore_torch.subspace import FULL
 
 if TYPE_CHECKING:
+    from q_galore_torch.nn.activations import Readers
     from q_galore_torch.nn.leaf import ZeroLeaf
 
 
@@ -23,6 +24,8 @@ class Binding:
     Attributes:
         due: the next step ends with a new basis, so that the backward also sums the full gradient.
         stash: float32 [m, n], the sum over the micro-batches of the window, or None.
+        projects: until the next step a forward keeps X P^T in place of X.
+        readers: of the layer's last input.
     """
 
     def __init__(self, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -33,10 +36,21 @@ class Binding:
             codes, scales, zeros = state["right_codes"], state["right_scales"], state["right_zeros"]
             self._right = (codes, scales, zeros, state["right_dim"])
         self.proj_format, self.proj_block = group["proj_format"], group["proj_block"]
-        self.due = False
+        self.due, self.projects = False, False
+        self.readers: Readers | None = None
         self.stash: Tensor | None = None
-        self._accumulated = False
+        self._accumulated, self._incomplete = False, False
         self._hook: RemovableHandle | None = None
+
+    def mark(self, due: bool) -> None:
+        """Fix for the next step whether G is summed, and whether ``X P^T`` is kept in place of X."""
+        self.due = due
+        self.projects = not due and self.readers is not None and self.readers.project
+
+    @property
+    def edition(self) -> tuple[Tensor, int]:
+        """Changes whenever the basis does."""
+        return self.codes, self.codes._version
 
     def basis(self, dtype: torch.dtype) -> Tensor:
         """The decoded basis [r, d]; on both sides the left one [r, m]."""
@@ -56,13 +70,23 @@ class Binding:
 
         If the leaf's gradient was accumulated and has gone since (``model.zero_grad()``), so has the stash's meaning.
         """
-        self.forget_if_zeroed(leaf)
-        if self._hook is None:
-            self._hook = leaf.register_post_accumulate_grad_hook(self._mark)
+        self._watch(leaf)
+        if self._incomplete:
+            return
         if self.stash is None:
             self.stash = gradient.float() if gradient.dtype != torch.float32 else gradient
         else:
             self.stash.add_(gradient)
+
+    def miss(self, leaf: ZeroLeaf) -> None:
+        """A micro-batch has no G: the sum of the others would pass for the window's, so the layer stays due."""
+        self._watch(leaf)
+        self.stash, self._incomplete = None, True
+
+    def _watch(self, leaf: ZeroLeaf) -> None:
+        self.forget_if_zeroed(leaf)
+        if self._hook is None:
+            self._hook = leaf.register_post_accumulate_grad_hook(self._mark)
 
     def lends(self, state: dict[str, Any]) -> bool:
         """Whether it is this state's projector that the layer has: an optimizer made later takes the layer over."""
@@ -71,7 +95,7 @@ class Binding:
     def forget_if_zeroed(self, leaf: ZeroLeaf) -> None:
         """Forget the stash if the leaf's accumulated gradient was removed or zeroed since."""
         if self._accumulated and (leaf.grad is None or not leaf.grad.any()):
-            self.stash, self._accumulated = None, False
+            self.stash, self._accumulated, self._incomplete = None, False, False
 
     def _mark(self, leaf: Tensor) -> None:
         # An R that is zero by itself, as G is orthogonal to the basis, must not look like one that was zeroed.
@@ -79,7 +103,7 @@ class Binding:
 
     def drop(self) -> None:
         """Forget the stash; ``due`` stays."""
-        self.stash, self._accumulated = None, False
+        self.stash, self._accumulated, self._incomplete = None, False, False
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

@@ -49,7 +49,8 @@ def prepare_model(
         grad_dtype: dtype of the projected gradient, ``"float32"`` (default) or ``"bfloat16"``.
         proj_type: which side is projected: ``"std"`` (default) the shorter one, ``"reverse_std"`` the longer one,
             ``"right"``, ``"left"``, or ``"full"`` for both (R is then r x r).
-        save_projected: only True (default) for now.
+        save_projected: a low-rank layer that projects the right side keeps ``X P^T`` in place of its input X for the
+            backward, where that takes less memory (default True); no number depends on it. False: always X.
 
     Returns:
         ``model``.
@@ -64,16 +65,14 @@ def prepare_model(
         >>> type(prepare_model(model, rank=16, target_modules=["0"])[0]).__name__
         'QGaLoreLinear'
     """
-    check_layer_options(weight_bits, group_size, grad_mode, grad_dtype)
+    check_layer_options(weight_bits, group_size, grad_mode, grad_dtype, save_projected)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
-    if save_projected is not True:
-        raise ValueError(f"save_projected must be True for now, got {save_projected!r}")
     side_of(proj_type, 1, 1)
     targets = _targets(model, target_modules)
     _refuse_tied(model, targets)
     options: dict[str, Any] = dict(weight_bits=weight_bits, group_size=group_size, grad_mode=grad_mode)
-    options.update(grad_dtype=grad_dtype, proj_type=proj_type)
+    options.update(grad_dtype=grad_dtype, proj_type=proj_type, save_projected=save_projected)
     trained = [(linear.weight, linear.weight.requires_grad) for linear in targets.values()]
     converted: dict[int, nn.Module] = {}
     clipped = 0

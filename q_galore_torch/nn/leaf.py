@@ -144,6 +144,7 @@ _METADATA = {
     *("get_device", "storage_offset", "requires_grad_", "register_hook", "register_post_accumulate_grad_hook"),
     *("is_same_size", "is_inference", "is_signed", "_is_view", "is_shared", "__hash__", "retain_grad", "ndimension"),
     *("zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like", "new_zeros", "new_empty"),
+    *("is_conj", "is_neg", "_is_zerotensor", "grad_dtype"),  # asked when a model is compiled
     *("new_ones", "new_full", "new_tensor", "untyped_storage", "data_ptr", "is_contiguous", "__len__"),
 }
 
@@ -226,6 +227,20 @@ def bind(leaf: ZeroLeaf, layer: QGaLoreLinear, uid: int | None = None) -> int:
 def layer_of(leaf: ZeroLeaf) -> QGaLoreLinear | None:
     """The layer that a leaf stands for, found by number and not by identity; None where it is gone."""
     return _layers.get(leaf.uid)
+
+
+def numbered(uid: int) -> QGaLoreLinear:
+    """The layer of a number.
+
+    Raises:
+        RuntimeError: it is gone.
+    """
+    layer = _layers.get(uid)
+    if layer is None:
+        raise RuntimeError(
+            f"layer {uid} of a compiled model is gone: keep the model as long as what was compiled of it"
+        )
+    return layer
 
 
 def untouched(leaf: ZeroLeaf) -> bool:

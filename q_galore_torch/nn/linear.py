@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from q_galore_torch import ops
 from q_galore_torch.nn import leaf as leaves
+from q_galore_torch.nn.activations import projects
 from q_galore_torch.nn.backward import LinearFunction
 from q_galore_torch.nn.leaf import ZeroLeaf, ZeroWeight
 from q_galore_torch.subspace import FULL, RIGHT, side_of
@@ -44,6 +45,8 @@ class QGaLoreLinear(nn.Module):
         grad_dtype: dtype of R's accumulator, ``"float32"`` (default) or ``"bfloat16"`` (some 8 micro-batches at most).
         proj_type: which side of the gradient is projected: ``"std"`` (default) the shorter one, ``"reverse_std"`` the
             longer one, ``"right"`` (in_features) and ``"left"`` (out_features) the one they name, ``"full"`` both.
+        save_projected: keep ``X P^T`` in place of the input X for a low-rank backward, where the right side is
+            projected and it takes less memory (default True); no number depends on it. False: always X.
         device: default torch's.
         dtype: float dtype of the bias, a float weight and of decoded weights outside the forward, default torch's.
 
@@ -80,11 +83,12 @@ class QGaLoreLinear(nn.Module):
         grad_mode: str = "low_rank",
         grad_dtype: str = "float32",
         proj_type: str = "std",
+        save_projected: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_layer_options(weight_bits, group_size, grad_mode, grad_dtype)
+        check_layer_options(weight_bits, group_size, grad_mode, grad_dtype, save_projected)
         if grad_mode == "full" and weight_bits is None:
             raise ValueError("grad_mode='full' with weight_bits=None is nn.Linear itself: use that")
         if rank is None and grad_mode == "low_rank":
@@ -94,6 +98,7 @@ class QGaLoreLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.weight_bits, self.group_size = weight_bits, group_size
         self.grad_mode, self.grad_dtype, self.proj_type = grad_mode, _GRAD_DTYPES[grad_dtype], proj_type
+        self.save_projected = save_projected
         self.rank = None if rank is None else min(rank, in_features, out_features)
         self.side = side_of(proj_type, out_features, in_features)
         self.label = ""
@@ -111,7 +116,7 @@ class QGaLoreLinear(nn.Module):
         kind = ZeroLeaf if grad_mode == "low_rank" else ZeroWeight
         shape = self._low_rank_shape() if grad_mode == "low_rank" else (out_features, in_features)
         self.register_parameter(self._leaf_name, kind(shape, where.device, self._leaf_dtype()))
-        self._uid = leaves.bind(self.leaf, self)
+        self._bind()
 
     # ------------------------------------------------------------ weight
 
@@ -202,6 +207,11 @@ class QGaLoreLinear(nn.Module):
             )
         return leaf
 
+    def _bind(self) -> None:
+        # A tensor, and on the CPU, as compiled code would be made anew for each value of an integer.
+        with torch.inference_mode(False):
+            self._number = torch.tensor(leaves.bind(self.leaf, self), device="cpu")
+
     def _low_rank_shape(self) -> tuple[int, int]:
         assert self.rank is not None
         if self.side == FULL:
@@ -244,7 +254,7 @@ class QGaLoreLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._uid = leaves.bind(self.leaf, self)
+        self._bind()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         name = self._leaf_name
@@ -315,9 +325,11 @@ class QGaLoreLinear(nn.Module):
         elif self.weight_bits is None and x.dtype != self.weight.dtype:
             name, dtype = self.label or "QGaLoreLinear", self.weight.dtype
             raise RuntimeError(f"{name} has a float weight and expects a {dtype} input like it, got {x.dtype}")
+        # What is due, and so what to keep, changes from step to step: a compiled graph always keeps x.
+        project = False if torch.compiler.is_compiling() else projects(x, self)
         if self.weight_bits is None:
-            return LinearFunction.apply(x, self.leaf, self.bias, self.weight, None, None, self)
-        return LinearFunction.apply(x, self.leaf, self.bias, self.qweight, self.scales, self.zeros, self)
+            return LinearFunction.apply(x, self.leaf, self.bias, self.weight, None, None, self, project)
+        return LinearFunction.apply(x, self.leaf, self.bias, self.qweight, self.scales, self.zeros, self, project)
 
     def extra_repr(self) -> str:
         """The options that differ between layers."""
@@ -328,7 +340,9 @@ class QGaLoreLinear(nn.Module):
         return f"{text}, weight={stored}, grad_mode={self.grad_mode}"
 
 
-def check_layer_options(weight_bits: Any, group_size: Any, grad_mode: Any, grad_dtype: Any) -> None:
+def check_layer_options(
+    weight_bits: Any, group_size: Any, grad_mode: Any, grad_dtype: Any, save_projected: Any
+) -> None:
     """Raise ValueError where a layer option is out of range."""
     if weight_bits is not None and (weight_bits != 8 or isinstance(weight_bits, bool)):
         raise ValueError(f"weight_bits must be 8 or None, got {weight_bits!r}")
@@ -338,3 +352,5 @@ def check_layer_options(weight_bits: Any, group_size: Any, grad_mode: Any, grad_
         raise ValueError(f"grad_mode must be 'low_rank' or 'full', got {grad_mode!r}")
     if grad_dtype not in _GRAD_DTYPES:
         raise ValueError(f"grad_dtype must be 'float32' or 'bfloat16', got {grad_dtype!r}")
+    if not isinstance(save_projected, bool):
+        raise ValueError(f"save_projected must be True or False, got {save_projected!r}")

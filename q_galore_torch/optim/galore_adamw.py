@@ -194,7 +194,7 @@ class QGaLoreAdamW8bit(Optimizer):
         for parameter, _, group in self._parameters():
             if is_low_rank(parameter):
                 state = self.state[parameter]
-                parameter.binding.due = schedule.needs_gradient(state, group, projection_of(state), True)
+                parameter.binding.mark(schedule.needs_gradient(state, group, projection_of(state), True))
 
     def _adopt(self) -> None:
         """Take a layer's present leaf where it was replaced: layers are found by number, not by identity."""
