@@ -89,7 +89,11 @@ def low_rank(x: Tensor, dy: Tensor, layer: QGaLoreLinear) -> Tensor:
             "create QGaLoreAdamW8bit(param_groups(model, ...)) before the first backward"
         )
     cheaper_full = _cheaper_full(layer)
-    full = dy.t() @ x if binding.due or cheaper_full else None
+    full = None
+    if binding.due and dy.dtype == torch.float16:  # whose range may be too small for G where R fits well
+        full = dy.float().t() @ x.float()
+    elif binding.due or cheaper_full:
+        full = dy.t() @ x
     if cheaper_full:
         assert full is not None
         projected = _projection_of(full, binding)
