@@ -177,7 +177,11 @@ def low_rank(x: Tensor, dy: Tensor, layer: QGaLoreLinear) -> Tensor:
     """
     binding = lent(layer)
     formed = cheaper_full(layer)
-    full = dy.t() @ x if binding.due or formed else None
+    full = None
+    if binding.due and dy.dtype == torch.float16:  # whose range may be too small for G where R fits well
+        full = dy.float().t() @ x.float()
+    elif binding.due or formed:
+        full = dy.t() @ x
     if formed:
         assert full is not None
         projected = _projection_of(full, binding)

@@ -39,6 +39,7 @@ class Binding:
         self.due, self.projects = False, False
         self.readers: Readers | None = None
         self.stash: Tensor | None = None
+        self._pending: dict[int, Tensor] = {}  # G of a running backward, by autograd's number of it
         self._accumulated, self._incomplete = False, False
         self._hook: RemovableHandle | None = None
 
@@ -66,15 +67,27 @@ class Binding:
         return ops.projector_dequantize(codes, scales, zeros, self.proj_format, self.proj_block, dim, direct).to(dtype)
 
     def add(self, gradient: Tensor, leaf: ZeroLeaf) -> None:
-        """Add a micro-batch's full gradient [m, n] to the stash.
+        """Take a backward's full gradient [m, n]; it joins the stash when R joins the leaf's ``.grad``.
 
-        If the leaf's gradient was accumulated and has gone since (``model.zero_grad()``), so has the stash's meaning.
+        Never, where that does not happen: under ``torch.autograd.grad``, or if the backward raises in between. If the
+        leaf's gradient was accumulated and has gone since (``model.zero_grad()``), so has the stash's meaning.
         """
         self._watch(leaf)
-        if self._incomplete:
+        task = torch._C._current_graph_task_id()
+        if task in self._pending:  # the layer was called twice
+            self._pending[task] = self._pending[task].float().add_(gradient)
+            return
+        self._pending[task] = gradient
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(lambda: self._pending.pop(task, None))
+
+    def settle(self) -> None:
+        """In a hook that runs after R was accumulated: the stash takes what the same backward has added."""
+        gradient = self._pending.pop(torch._C._current_graph_task_id(), None)
+        if gradient is None or self._incomplete:
             return
         if self.stash is None:
-            self.stash = gradient.float() if gradient.dtype != torch.float32 else gradient
+            self.stash = gradient.float()
         else:
             self.stash.add_(gradient)
 
@@ -98,12 +111,14 @@ class Binding:
             self.stash, self._accumulated, self._incomplete = None, False, False
 
     def _mark(self, leaf: Tensor) -> None:
+        self.settle()
         # An R that is zero by itself, as G is orthogonal to the basis, must not look like one that was zeroed.
         self._accumulated = leaf.grad is not None and bool(leaf.grad.any())
 
     def drop(self) -> None:
         """Forget the stash; ``due`` stays."""
         self.stash, self._accumulated, self._incomplete = None, False, False
+        self._pending.clear()
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

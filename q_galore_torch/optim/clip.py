@@ -7,19 +7,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-def clip_grad_norm_(optimizer: Optimizer, max_norm: float) -> Tensor:
+def clip_grad_norm_(optimizer: Optimizer, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
     """Scale all gradients of an optimizer so that their joint 2-norm is at most ``max_norm``.
+
+    If that norm is not finite, no gradient is changed, so that ``step()`` names or skips the parameter that is to blame
+    (``torch.nn.utils.clip_grad_norm_`` then makes every gradient NaN or zero).
 
     Args:
         optimizer: whose ``.grad`` count: R for low-rank layers, the full gradient elsewhere.
         max_norm: the largest norm allowed, > 0; infinity only measures.
+        error_if_nonfinite: raise if the norm is not finite, default False.
 
     Returns:
         The norm before clipping, a scalar tensor.
 
     Raises:
         ValueError: ``max_norm`` is not a number > 0.
-        RuntimeError: the optimizer updates per layer, where the gradients are gone by now.
+        RuntimeError: the norm is not finite, and ``error_if_nonfinite``; or the optimizer updates per layer, where the
+            gradients are gone by now.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3))
@@ -32,4 +37,7 @@ def clip_grad_norm_(optimizer: Optimizer, max_norm: float) -> Tensor:
     if getattr(optimizer, "_per_layer", None) is not None:
         raise RuntimeError("per-layer updates clip by themselves: give max_grad_norm to enable_per_layer")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, error_if_nonfinite=error_if_nonfinite)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.where(norm.isfinite(), norm, 0.0))
+    return norm

@@ -302,6 +302,7 @@ class QGaLoreAdamW8bit(Optimizer):
     def _refresh_after(self, item: Work, due: bool) -> None:
         """R was summed under the old basis, so a due leaf is updated first. A G that is zero or broken keeps it due."""
         binding, before = item.parameter.binding, item.state["step"] - 1
+        binding.settle()
         binding.forget_if_zeroed(item.parameter)
         stash = binding.stash
         if stash is not None and 0 < ops.absmax([stash]).item() < float("inf"):

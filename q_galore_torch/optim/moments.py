@@ -30,9 +30,10 @@ def carry_over(
     if group["moments"] == "reset":
         _reset(state)
         return
-    turns = [after @ before.t() for before, after in zip(old, new(), strict=True)]
     first, second = _decoded(state)
-    first, second = rotated(first, second, turns, group["betas"], state["bias_step"])
+    with torch.autocast(first.device.type, enabled=False):  # step() may have been called inside its block
+        turns = [after @ before.t() for before, after in zip(old, new(), strict=True)]
+        first, second = rotated(first, second, turns, group["betas"], state["bias_step"])
     _store(state, first, second)
 
 
