@@ -71,7 +71,7 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 def backward(model: Any, step: int, rank: int, micros: int) -> None:
     """The micro-batches of one update; only the last one is reduced."""
     for micro in range(micros):
-        with contextlib.nullcontext() if micro == micros - 1 else model.no_sync():
+        with model.no_sync() if micro < micros - 1 else contextlib.nullcontext():
             (loss_of(model, batch_of(step, micro, rank)) / micros).backward()
 
 
@@ -233,6 +233,18 @@ def refusals(rank: int) -> dict[str, str]:
     def unprepared() -> None:
         DistributedDataParallel(network())
 
+    def unprepared_floats() -> None:
+        model = nn.Sequential(nn.Linear(8, 8))
+        qg.prepare_model(model, 2, ["0"], weight_bits=None)
+        wrapped, opt = DistributedDataParallel(model), optimizer_of(model)
+        wrapped(torch.ones(2, 8)).sum().backward()
+        opt.step()
+
+    def per_layer_without_wrapper() -> None:
+        model = network()
+        wrapped = DistributedDataParallel(prepare(model))
+        qg.enable_per_layer(optimizer_of(wrapped))
+
     def nothing_to_prepare() -> None:
         prepare(nn.Linear(2, 2))
 
@@ -240,25 +252,49 @@ def refusals(rank: int) -> dict[str, str]:
         **{"other_format": other_format, "other_ids": other_ids, "other_seed": other_seed},
         **{"mixed_precision": mixed_precision, "fsdp1": fsdp1(False), "fsdp1_kept": fsdp1(True)},
         **{"fully_shard": sharded, "fully_shard_float": sharded_float, "unprepared": unprepared},
-        **{"nothing_to_prepare": nothing_to_prepare},
+        **{"unprepared_floats": unprepared_floats, "nothing_to_prepare": nothing_to_prepare},
+        **{"per_layer": per_layer_without_wrapper},
     }
     return {name: message_of(attempt) for name, attempt in attempts.items()}
 
 
 def warned(rank: int) -> list[str]:
-    """Log records of float low-rank layers that DDP takes without prepare()."""
+    """Log records of low-rank layers that neither prepare() nor DDP has seen."""
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("q_galore_torch").addHandler(handler)
-    model = nn.Sequential(nn.Linear(8, 8))
-    qg.prepare_model(model, 2, ["0"], weight_bits=None)
-    wrapped, opt = DistributedDataParallel(model), optimizer_of(model)
-    for _ in range(2):
-        wrapped(torch.ones(2, 8)).sum().backward()
+    model = network()
+    opt = optimizer_of(model)
+    for step in range(2):
+        backward(model, step, rank, 1)
         opt.step()
     logging.getLogger("q_galore_torch").removeHandler(handler)
     return records
+
+
+def per_layer(rank: int) -> dict[str, Any]:
+    """The ordinary mode and per-layer updates, from the same start on the same data."""
+    results: dict[str, Any] = {}
+    for mode in ("ordinary", "per_layer"):
+        model = network()
+        wrapped = DistributedDataParallel(prepare(model), broadcast_buffers=False)
+        opt = optimizer_of(model)
+        norms = []
+        with contextlib.ExitStack() as stack:
+            if mode == "per_layer":
+                handle = qg.enable_per_layer(opt, accumulation_steps=2, max_grad_norm=0.2, ddp=wrapped)
+                stack.callback(handle.remove)
+            for step in range(14):
+                backward(wrapped, step, rank, 2)
+                if mode == "ordinary":
+                    norms.append(qg.clip_grad_norm_(opt, 0.2).item())
+                opt.step()
+                opt.zero_grad()
+                if mode == "per_layer":
+                    norms.append(handle.grad_norm)
+        results[mode] = {**everything(model, opt), "norms": norms}
+    return results
 
 
 def run(rank: int, world: int, folder: str, names: list[str]) -> None:
@@ -280,6 +316,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "joint": joint,
     "broken": broken,
     "unused": unused,
+    "per_layer": per_layer,
     "refusals": refusals,
     "warned": warned,
 }

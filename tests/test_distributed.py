@@ -116,9 +116,11 @@ REFUSED = {
     r"torch.autocast$",
     "fsdp1": r"^RuntimeError: .*FSDP and fully_shard are not supported, use DistributedDataParallel$",
     "fsdp1_kept": r"^RuntimeError: FullyShardedDataParallel is not supported for 0: use DistributedDataParallel$",
-    "fully_shard": r"^RuntimeError: the zero leaf coordinates of 1 cannot be replaced by a DTensor; FSDP and fully_shard",
+    "fully_shard": r"^RuntimeError: the zero leaf coordinates of 1 cannot be replaced by a DTensor; FSDP",
     "fully_shard_float": r"^ValueError: parameter 0 of group 0 .* is a DTensor: sharded parameters are not supported",
     "unprepared": r"^RuntimeError: Invalid scalar type",
+    "unprepared_floats": r"^RuntimeError: 0.coordinates is in a DistributedDataParallel: call .*prepare",
+    "per_layer": r"^RuntimeError: the model is in a DistributedDataParallel: give it to enable_per_layer as ddp=$",
     "nothing_to_prepare": r"^ValueError: prepare: the model has no QGaLoreLinear: call prepare_model first$",
 }
 
@@ -131,10 +133,23 @@ def test_what_cannot_work_is_refused_in_every_process(results: Any, name: str) -
         assert re.search(REFUSED[name], message), message
 
 
-def test_float_layers_without_prepare_are_reported_once(results: Any) -> None:
+def test_layers_that_nothing_has_prepared_are_reported_once(results: Any) -> None:
+    """Without DDP nobody knows whether the processes' models are replicas."""
     for records in results(2, "warned"):
         assert len(records) == 1
-        assert re.match(r"0\.coordinates belongs to one of 2 processes and was not given to .*prepare", records[0])
+        assert re.match(r"1\.coordinates is in one of 2 processes: .* call .*prepare\(model\)", records[0])
+
+
+def test_per_layer_updates_are_the_ordinary_ones(results: Any) -> None:
+    """DDP's buckets keep all gradients anyway, so everything is updated in step(): the same bits and norms."""
+    ranks = results(2, "per_layer")
+    for rank in ranks:
+        ordinary, per_layer = rank["ordinary"], rank["per_layer"]
+        assert differences(ordinary["model"], per_layer["model"]) == []
+        assert differences(ordinary["optimizer"]["state"], per_layer["optimizer"]["state"]) == []
+        assert ordinary["norms"] == pytest.approx(per_layer["norms"], rel=1e-6)
+        assert min(ordinary["norms"]) > 0.2
+    assert_equal_replicas([rank["per_layer"] for rank in ranks])
 
 
 def test_prepare_needs_a_process_group() -> None:

@@ -7,6 +7,7 @@ are here: :func:`prepare` makes the INT8 codes agree once, so that DDP need not 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import weakref
@@ -119,19 +120,20 @@ def group_of(parameter: Any) -> dist.ProcessGroup | None:
 def check_replicas(parameters: list[tuple[Any, str, dict[str, Any]]], states: Mapping[Any, dict[str, Any]]) -> None:
     """Raise in every process if the processes' optimizers do not hold the same things.
 
-    Every process of the groups that :func:`prepare` recorded calls this before its first step. Without one, low-rank
-    leaves in a process that has company are reported once: their full gradients are not summed over the processes.
+    Every process of the groups that :func:`prepare` recorded calls this before its first step.
 
     Args:
         parameters: parameter, name and group of each.
         states: of each parameter.
 
     Raises:
-        RuntimeError: id, shape, step or an option of a parameter differs.
+        RuntimeError: id, shape, step or an option of a parameter differs, or a layer is in a DistributedDataParallel
+            that :func:`prepare` has not seen.
     """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    _refuse_unprepared([(p, name) for p, name, _ in parameters if isinstance(p, ZeroLeaf) and group_of(p) is None])
     groups = {group for parameter, _, _ in parameters if (group := group_of(parameter)) is not None}
-    if not groups:
-        _report_unprepared([name for parameter, name, _ in parameters if isinstance(parameter, ZeroLeaf)])
     lines = [_line(parameter, name, group, states[parameter]) for parameter, name, group in parameters]
     for group in sorted(groups, key=lambda group: group.group_name):
         difference = _first_difference(lines, group)
@@ -144,15 +146,30 @@ def _line(parameter: Tensor, name: str, group: dict[str, Any], state: dict[str, 
     return f"{name} with id {state['id']}, shape {list(parameter.shape)}, step {state['step']}, {options}"
 
 
-def _report_unprepared(names: list[str]) -> None:
-    if names and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        _log.warning(
-            "%s belongs to one of %d processes and was not given to q_galore_torch.integrations.distributed.prepare: "
-            "if these processes train replicas of one model, call it before DistributedDataParallel, or their "
-            "subspaces drift apart",
-            names[0],
-            dist.get_world_size(),
+def _refuse_unprepared(leaves: list[tuple[Any, str]]) -> None:
+    """Without prepare() every replica would find bases from its own full gradients."""
+    if not leaves or dist.get_world_size() == 1:
+        return
+    name = leaves[0][1]
+    if wrapper_of([leaf for leaf, _ in leaves]) is not None:
+        raise RuntimeError(
+            f"{name} is in a DistributedDataParallel: call q_galore_torch.integrations.distributed.prepare(model) first"
         )
+    _log.warning(
+        "%s is in one of %d processes: if these train replicas of one model, call "
+        "q_galore_torch.integrations.distributed.prepare(model), or their subspaces drift apart",
+        name,
+        dist.get_world_size(),
+    )
+
+
+def wrapper_of(parameters: list[Any]) -> DistributedDataParallel | None:
+    """The DistributedDataParallel that holds one of the parameters. Looks through all of Python's objects."""
+    own = {id(parameter) for parameter in parameters}
+    for wrapper in [found for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]:
+        if any(id(parameter) in own for parameter in wrapper.parameters()):
+            return wrapper
+    return None
 
 
 def reduce_stashes(leaves: list[Any]) -> None:

@@ -233,8 +233,8 @@ class QGaLoreAdamW8bit(Optimizer):
             ValueError: a group's ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``, ``update_proj_gap`` or
                 ``max_proj_gap`` has become invalid.
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then.
-            RuntimeError: something else wrote to the layers' zero leaves, with per-layer updates a backward pass of this
-                update failed, or the optimizers of several processes do not hold the same ids, shapes and options.
+            RuntimeError: something else wrote to the layers' zero leaves, with per-layer updates a backward pass of
+                this update failed, or the optimizers of several processes do not hold the same ids, shapes and options.
 
         With :func:`q_galore_torch.enable_per_layer` the backward passes have updated most parameters by then: this
         updates the others and closes the update.
