@@ -116,8 +116,10 @@ def float_optimizer(model: nn.Module) -> qg.QGaLoreAdamW8bit:
 
 
 def joint(rank: int) -> dict[str, Any]:
-    model = network(**FLOATS)
-    wrapped = DistributedDataParallel(prepare(model), gradient_as_bucket_view=True)
+    """In a group of its own."""
+    group = dist.new_group()
+    model = prepare(network(**FLOATS), group)
+    wrapped = DistributedDataParallel(model, process_group=group, gradient_as_bucket_view=True)
     opt = float_optimizer(model)
     for step in range(12):
         backward(wrapped, step, rank, 2)
@@ -233,6 +235,9 @@ def refusals(rank: int) -> dict[str, str]:
     def unprepared() -> None:
         DistributedDataParallel(network())
 
+    def no_group() -> None:
+        prepare(network(), process_group=dist.GroupMember.NON_GROUP_MEMBER)
+
     def unprepared_floats() -> None:
         model = nn.Sequential(nn.Linear(8, 8))
         qg.prepare_model(model, 2, ["0"], weight_bits=None)
@@ -253,7 +258,7 @@ def refusals(rank: int) -> dict[str, str]:
         **{"mixed_precision": mixed_precision, "fsdp1": fsdp1(False), "fsdp1_kept": fsdp1(True)},
         **{"fully_shard": sharded, "fully_shard_float": sharded_float, "unprepared": unprepared},
         **{"unprepared_floats": unprepared_floats, "nothing_to_prepare": nothing_to_prepare},
-        **{"per_layer": per_layer_without_wrapper},
+        **{"no_group": no_group, "per_layer": per_layer_without_wrapper},
     }
     return {name: message_of(attempt) for name, attempt in attempts.items()}
 

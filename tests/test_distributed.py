@@ -120,6 +120,7 @@ REFUSED = {
     "fully_shard_float": r"^ValueError: parameter 0 of group 0 .* is a DTensor: sharded parameters are not supported",
     "unprepared": r"^RuntimeError: Invalid scalar type",
     "unprepared_floats": r"^RuntimeError: 0.coordinates is in a DistributedDataParallel: call .*prepare",
+    "no_group": r"^ValueError: process_group must be one that this process belongs to, got ",
     "per_layer": r"^RuntimeError: the model is in a DistributedDataParallel: give it to enable_per_layer as ddp=$",
     "nothing_to_prepare": r"^ValueError: prepare: the model has no QGaLoreLinear: call prepare_model first$",
 }

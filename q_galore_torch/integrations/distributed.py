@@ -166,7 +166,8 @@ def _refuse_unprepared(leaves: list[tuple[Any, str]]) -> None:
 def wrapper_of(parameters: list[Any]) -> DistributedDataParallel | None:
     """The DistributedDataParallel that holds one of the parameters. Looks through all of Python's objects."""
     own = {id(parameter) for parameter in parameters}
-    for wrapper in [found for found in gc.get_objects() if isinstance(found, DistributedDataParallel)]:
+    # By type(): isinstance() would ask each object for its __class__, which some compute.
+    for wrapper in [found for found in gc.get_objects() if issubclass(type(found), DistributedDataParallel)]:
         if any(id(parameter) in own for parameter in wrapper.parameters()):
             return wrapper
     return None
