@@ -53,6 +53,19 @@ class ZeroBuffer:
             return self.base[:count].view(shape)
 
 
+class _Refused:
+    """An attribute that a wrapper sets on each parameter which it is about to replace by memory of its own."""
+
+    def __init__(self, wrapper: str, instead: str) -> None:
+        self._message = f"{wrapper} is not supported for %s: {instead}"
+
+    def __get__(self, leaf: Any, owner: type) -> Any:
+        raise AttributeError
+
+    def __set__(self, leaf: ZeroLeaf, value: Any) -> None:
+        raise RuntimeError(self._message % (leaf.label or "a QGaLoreLinear"))
+
+
 class ZeroLeaf(nn.Parameter):
     """A parameter that is always zero and takes no memory; see the module's text.
 
@@ -65,6 +78,8 @@ class ZeroLeaf(nn.Parameter):
     uid: int
     label: str
     binding: Binding | None
+    _mp_param = _Refused("DistributedDataParallel(mixed_precision=...)", "use torch.autocast")
+    _fsdp_flattened = _Refused("FullyShardedDataParallel", "use DistributedDataParallel")
     _zero: ZeroBuffer
     _seen: tuple[int, int]
 

@@ -188,6 +188,11 @@ class QGaLoreLinear(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == self.__dict__.get("_leaf_name") and not isinstance(value, ZeroLeaf):
+            raise RuntimeError(
+                f"the zero leaf {name} of {self.label or 'a QGaLoreLinear'} cannot be replaced by a "
+                f"{type(value).__name__}; FSDP and fully_shard are not supported, use DistributedDataParallel"
+            )
         if name == "weight" and self.__dict__.get("_leaf_name") == "coordinates" and self.weight_bits is not None:
             raise RuntimeError(
                 f"the INT8 weight of {self.label or 'a QGaLoreLinear'} cannot be assigned; use layer.set_weight(tensor)"

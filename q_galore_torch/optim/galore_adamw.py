@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from q_galore_torch import ops
+from q_galore_torch.integrations.distributed import check_replicas, reduce_stashes
 from q_galore_torch.nn.binding import Binding
 from q_galore_torch.nn.leaf import ZeroLeaf, bind, check_untouched, layer_of
 from q_galore_torch.optim import options, schedule
@@ -188,6 +189,7 @@ class QGaLoreAdamW8bit(Optimizer):
                     parameter.binding.drop()
                 parameter.binding = Binding(self.state[parameter], group)
         self._mark_due()
+        self._agreed = False
 
     def _mark_due(self) -> None:
         """Fix which layers sum their full gradient in the next step, from replicated state, before any forward."""
@@ -231,8 +233,8 @@ class QGaLoreAdamW8bit(Optimizer):
             ValueError: a group's ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``, ``update_proj_gap`` or
                 ``max_proj_gap`` has become invalid.
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then.
-            RuntimeError: something else wrote to the layers' zero leaves, or, with per-layer updates, a backward pass
-                of this update failed.
+            RuntimeError: something else wrote to the layers' zero leaves, with per-layer updates a backward pass of
+                this update failed, or the optimizers of several processes do not hold the same ids, shapes and options.
 
         With :func:`q_galore_torch.enable_per_layer` the backward passes have updated most parameters by then: this
         updates the others and closes the update.
@@ -241,6 +243,9 @@ class QGaLoreAdamW8bit(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._agreed:
+            check_replicas(list(self._parameters()), self.state)
+            self._agreed = True
         if self._per_layer is not None:
             self._per_layer.close()
         else:
@@ -280,6 +285,10 @@ class QGaLoreAdamW8bit(Optimizer):
                 self._refresh(item, item.gradient, item.state["step"], self._is_due(item))
         after = [(item, self._is_due(item)) for item in work if item.low_rank]
         update(work)
+        for item, _ in after:
+            item.parameter.binding.settle()
+            item.parameter.binding.forget_if_zeroed(item.parameter)
+        reduce_stashes([item.parameter for item, _ in after if item.parameter.binding.due])
         for item, due in after:
             self._refresh_after(item, due)
 
@@ -302,8 +311,6 @@ class QGaLoreAdamW8bit(Optimizer):
     def _refresh_after(self, item: Work, due: bool) -> None:
         """R was summed under the old basis, so a due leaf is updated first. A G that is zero or broken keeps it due."""
         binding, before = item.parameter.binding, item.state["step"] - 1
-        binding.settle()
-        binding.forget_if_zeroed(item.parameter)
         stash = binding.stash
         if stash is not None and 0 < ops.absmax([stash]).item() < float("inf"):
             self._refresh(item, stash, before, due)

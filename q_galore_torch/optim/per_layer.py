@@ -11,7 +11,6 @@ everything is updated in ``step()``.
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 import weakref
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from q_galore_torch.integrations.distributed import wrapper_of
 from q_galore_torch.optim.galore_adamw import QGaLoreAdamW8bit
 from q_galore_torch.optim.update import Work, is_low_rank
 
@@ -333,10 +333,8 @@ class PerLayer:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self._ddp is not None or not distributed:
             return
-        own = {id(p) for group in self._owner_groups() for p in group["params"]}
-        for wrapper in [w for w in gc.get_objects() if isinstance(w, DistributedDataParallel)]:
-            if any(id(p) in own for p in wrapper.parameters()):
-                raise RuntimeError("the model is in a DistributedDataParallel: give it to enable_per_layer as ddp=")
+        if wrapper_of([p for group in self._owner_groups() for p in group["params"]]) is not None:
+            raise RuntimeError("the model is in a DistributedDataParallel: give it to enable_per_layer as ddp=")
 
 
 class _Hook:

@@ -1,0 +1,160 @@
+"""Many processes: replicas under DistributedDataParallel stay equal bit for bit, and send R and due G, no codes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+import distributed_program as program
+from test_state import differences
+
+NAMES = {2: list(program.SCENARIOS), 3: ["replicas", "joint"]}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], list[Any]]:
+    """Each process's result of a scenario in a world of 2 or 3 processes, which is spawned once for all scenarios."""
+    folders: dict[int, Path] = {}
+
+    def get(world: int, name: str) -> list[Any]:
+        if world not in folders:
+            folder = folders[world] = tmp_path_factory.mktemp(f"world{world}")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("OMP_NUM_THREADS", "1")
+                torch.multiprocessing.spawn(program.run, (world, str(folder), NAMES[world]), nprocs=world)
+        return [torch.load(folders[world] / f"{name}.{rank}.pt", weights_only=True) for rank in range(world)]
+
+    return get
+
+
+def assert_equal_replicas(ranks: list[dict[str, Any]]) -> None:
+    first, *others = (
+        {"model": rank["model"], "optimizer": rank["optimizer"], "telemetry": [told(e) for e in rank["telemetry"]]}
+        for rank in ranks
+    )
+    for other in others:
+        assert differences(first, other) == []
+
+
+def told(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != "seconds"}
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_replicas_are_bit_identical(results: Any, world: int) -> None:
+    """Codes, scales, zero points, moments, projectors and schedule, 50 updates on different data, with no_sync()."""
+    ranks = results(world, "replicas")
+    assert_equal_replicas(ranks)
+    assert min(entry.get("refreshes", 99) for entry in ranks[0]["telemetry"]) >= 5
+    assert any(entry["groups_shifted"] for entry in ranks[0]["telemetry"])
+
+
+@pytest.mark.parametrize(("world", "name"), [(2, "replicas"), (3, "replicas"), (2, "broadcasting")])
+def test_only_gradients_are_sent(results: Any, world: int, name: str) -> None:
+    """Each update reduces R, the gradients of the rest, and the full gradients of the due layers, once.
+
+    The optimizers are compared at the first step, and DDP agrees on its buckets in the second forward.
+    """
+    for rank in results(world, name):
+        assert [sent["allreduce_"] for sent in rank["sent"]] == rank["expected"]
+        assert len(set(rank["expected"])) > 2
+        assert [set(sent) - {"allreduce_"} for sent in rank["sent"][:3]] == [{"allgather_"}, {"broadcast_"}, set()]
+        assert rank["sent"][1]["broadcast_"] < 200
+        assert all(set(sent) == {"allreduce_"} for sent in rank["sent"][2:])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_equal_one_on_the_joint_batch(results: Any, world: int) -> None:
+    ranks = results(world, "joint")
+    assert_equal_replicas(ranks)
+    model = program.network(**program.FLOATS)
+    opt = program.float_optimizer(model)
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+    for step in range(12):
+        batches = [program.batch_of(step, micro, rank) for micro in range(2) for rank in range(world)]
+        program.loss_of(model, torch.cat(batches)).backward()
+        opt.step()
+        opt.zero_grad()
+    for key, value in model.state_dict().items():
+        moved = (value - start[key]).norm()
+        assert moved > 0
+        assert (value - ranks[0]["model"][key]).norm() <= 1e-4 * moved, key
+    assert min(entry.get("refreshes", 99) for entry in opt.telemetry()) >= 2
+
+
+def test_default_buffer_broadcast_changes_nothing(results: Any) -> None:
+    assert_equal_replicas(results(2, "broadcasting"))
+
+
+def test_a_full_gradient_that_is_broken_in_one_process_is_used_by_none(results: Any) -> None:
+    ranks = results(2, "broken")
+    assert_equal_replicas(ranks)
+    refreshes = ranks[1]["refreshes"]
+    assert refreshes[1] == refreshes[4]  # the layers stayed due
+    assert refreshes[4] < refreshes[5]
+
+
+def test_a_process_without_a_gradient_sends_zeros(results: Any) -> None:
+    ranks = results(2, "unused")
+    assert_equal_replicas(ranks)
+    assert any(any(due) for due in ranks[0]["due"][1::2])
+
+
+REFUSED = {
+    "other_format": r"^ValueError: prepare: the prepared layers must be the same in every process, but process 0 has: "
+    r"1 is .*rank=6.*; process 1 has: 1 is .*rank=7",
+    "other_ids": r"^RuntimeError: the optimizers must be the same in every process, but process 0 has: 0.weight with "
+    r"id 0.*; process 1 has: 1.coordinates with id 0",
+    "other_seed": r"^RuntimeError: the optimizers must be .*'seed': 0.*; process 1 has: .*'seed': 1",
+    "mixed_precision": r"^RuntimeError: DistributedDataParallel\(mixed_precision=...\) is not supported for 1: use "
+    r"torch.autocast$",
+    "fsdp1": r"^RuntimeError: .*FSDP and fully_shard are not supported, use DistributedDataParallel$",
+    "fsdp1_kept": r"^RuntimeError: FullyShardedDataParallel is not supported for 0: use DistributedDataParallel$",
+    "fully_shard": r"^RuntimeError: the zero leaf coordinates of 1 cannot be replaced by a DTensor; FSDP",
+    "fully_shard_float": r"^ValueError: parameter 0 of group 0 .* is a DTensor: sharded parameters are not supported",
+    "unprepared": r"^RuntimeError: Invalid scalar type",
+    "unprepared_floats": r"^RuntimeError: 0.coordinates is in a DistributedDataParallel: call .*prepare",
+    "no_group": r"^ValueError: process_group must be one that this process belongs to, got ",
+    "per_layer": r"^RuntimeError: the model is in a DistributedDataParallel: give it to enable_per_layer as ddp=$",
+    "nothing_to_prepare": r"^ValueError: prepare: the model has no QGaLoreLinear: call prepare_model first$",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_in_every_process(results: Any, name: str) -> None:
+    messages = [rank[name] for rank in results(2, "refusals")]
+    assert messages[0].count("\n") == 0
+    for message in messages:
+        assert re.search(REFUSED[name], message), message
+
+
+def test_layers_that_nothing_has_prepared_are_reported_once(results: Any) -> None:
+    """Without DDP nobody knows whether the processes' models are replicas."""
+    for records in results(2, "warned"):
+        assert len(records) == 1
+        assert re.match(r"1\.coordinates is in one of 2 processes: .* call .*prepare\(model\)", records[0])
+
+
+def test_per_layer_updates_are_the_ordinary_ones(results: Any) -> None:
+    """DDP's buckets keep all gradients anyway, so everything is updated in step(): the same bits and norms."""
+    ranks = results(2, "per_layer")
+    for rank in ranks:
+        ordinary, per_layer = rank["ordinary"], rank["per_layer"]
+        assert differences(ordinary["model"], per_layer["model"]) == []
+        assert differences(ordinary["optimizer"]["state"], per_layer["optimizer"]["state"]) == []
+        assert ordinary["norms"] == pytest.approx(per_layer["norms"], rel=1e-6)
+        assert min(ordinary["norms"]) > 0.2
+    assert_equal_replicas([rank["per_layer"] for rank in ranks])
+
+
+def test_prepare_needs_a_process_group() -> None:
+    from q_galore_torch.integrations.distributed import prepare
+
+    with pytest.raises(RuntimeError, match="call torch.distributed.init_process_group before it"):
+        prepare(program.network())
