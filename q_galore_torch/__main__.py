@@ -23,8 +23,8 @@ _HELP = """\
 info      print versions, backends, SIMD level and why CUDA is or is not available
 report    draw loss and subspaces from the log of a run (its folder, or its log.jsonl): report.png and report.html,
           written beside the log or into FOLDER
-plan      print the bytes that training will take, in GB of 10**9, and with --gpu-memory which ways to train fit; CONFIG is
-          60m, 130m, 350m, 1b, 7b or a Hugging Face style JSON file. More options: --batch B --tokens N (of a sequence)
+plan      print the bytes that training will take, in GB of 10**9, and with --gpu-memory which ways to train fit; CONFIG
+          is 60m, 130m, 350m, 1b, 7b or a Hugging Face style JSON file. More options: --batch B --tokens N (a sequence)
           --per-layer --accumulation K --clipping global|per_parameter|last_norm --activation-checkpointing
           --dtype D --grad-dtype D --weight-bits 8|none --proj-format F --proj-type T --moments-dtype D"""
 
@@ -131,8 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The command line without the program's name; default ``sys.argv[1:]``.
 
     Returns:
-        The exit code: 0, or 2 for a command line that is not understood, a run that cannot be reported on or a model that
-        cannot be planned for.
+        The exit code: 0, or 2 for a command line that is not understood, a run that cannot be reported on or a
+        model that cannot be planned for.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if words in (["-h"], ["--help"]):
