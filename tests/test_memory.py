@@ -6,7 +6,6 @@ import gc
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,9 @@ from q_galore_torch import memory
 from q_galore_torch.memory import MemoryPlan, plan_memory, what_fits
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.shapes import read_shape
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from live_memory import Peak  # noqa: E402
 
 TINY = dict(vocab_size=320, hidden_size=96, intermediate_size=260, num_hidden_layers=2, num_attention_heads=4)
 FEW = 0.005  # what a prediction may be off by
@@ -69,63 +71,25 @@ class Model(nn.Module):
 # ---------------------------------------------------------------- measuring
 
 
-def storages(tensors: Iterator[Tensor]) -> int:
-    """Bytes of distinct memory that tensors lie in."""
-    with torch._C.DisableTorchFunctionSubclass():
-        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(found.values())
-
-
-def alive(model: nn.Module, optimizer: qg.QGaLoreAdamW8bit) -> Iterator[Tensor]:
-    """Every tensor that belongs to the training: weights, buffers, gradients, stashes and state."""
-    yield from model.buffers()
-    for parameter in model.parameters():
-        yield parameter
-        if parameter.grad is not None:
-            yield parameter.grad
-        binding = parameter.binding if isinstance(parameter, ZeroLeaf) else None
-        if binding is not None and binding.stash is not None:
-            yield binding.stash
-    for state in optimizer.state.values():
-        yield from (value for value in state.values() if isinstance(value, Tensor))
-
-
-class Peak:
-    """The most bytes alive at any gradient's arrival, and before and after any update."""
-
-    def __init__(self, model: nn.Module, optimizer: qg.QGaLoreAdamW8bit) -> None:
-        self.model, self.optimizer, self.bytes = model, optimizer, 0
-        # Before per-layer updates' own hooks, which free the gradients.
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.hooks = [p.register_post_accumulate_grad_hook(lambda _: self.look()) for p in trained]
-        self.hooks.append(optimizer.register_step_pre_hook(lambda *_: self.look()))
-        self.hooks.append(optimizer.register_step_post_hook(lambda *_: self.look()))
-
-    def look(self) -> None:
-        self.bytes = max(self.bytes, storages(alive(self.model, self.optimizer)))
-
-
-def trained(
-    model: nn.Module, optimizer: qg.QGaLoreAdamW8bit, updates: int, micro_batches: int = 1, **per_layer: Any
-) -> int:
-    """Peak bytes of some updates."""
+def trained(model: nn.Module, optimizer: qg.QGaLoreAdamW8bit, micro_batches: int = 1, **per_layer: Any) -> int:
+    """Peak bytes of ``UPDATES`` updates."""
     peak = Peak(model, optimizer)
     if per_layer:
         qg.enable_per_layer(optimizer, accumulation_steps=micro_batches, **per_layer)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(updates):
+    for _ in range(UPDATES):
         for _ in range(micro_batches):
             tokens = torch.randint(0, TINY["vocab_size"], (8, 12), generator=generator)
             logits = model(tokens[:, :-1])
             F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for hook in peak.hooks:  # a parameter and a hook that holds it would never be collected
-        hook.remove()
+    peak.remove()
     return peak.bytes
 
 
-GROUP = dict(update_proj_gap=4)  # so that first bases, later ones and comparisons all come within 20 updates
+GROUP = dict(update_proj_gap=4)
+UPDATES = 18  # first bases come in the first 8, and then everything there is within two gaps
 PREPARE = ("weight_bits", "grad_mode", "grad_dtype", "proj_type", "group_size")
 CONSTRUCTOR = ("moments_dtype", "min_8bit_size")
 
@@ -169,13 +133,13 @@ def test_ordinary_updates_take_what_was_planned(mode: str) -> None:
     dtype = options.pop("dtype", "bfloat16")
     planned = plan_memory(TINY, 16, dtype=dtype, **GROUP, **options)
     model, optimizer = built(dtype, **options)
-    assert trained(model, optimizer, 20) == pytest.approx(planned.tracked, rel=FEW)
+    assert trained(model, optimizer) == pytest.approx(planned.tracked, rel=FEW)
 
 
 def test_accumulation_takes_no_more_than_one_micro_batch() -> None:
     planned = plan_memory(TINY, 16, accumulation=3, **GROUP)
     assert planned == plan_memory(TINY, 16, **GROUP)
-    assert trained(*built("bfloat16"), 20, micro_batches=3) == pytest.approx(planned.tracked, rel=FEW)
+    assert trained(*built("bfloat16"), micro_batches=3) == pytest.approx(planned.tracked, rel=FEW)
 
 
 PER_LAYER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -194,7 +158,7 @@ def test_per_layer_updates_take_what_was_planned(mode: str) -> None:
     options, updates = PER_LAYER[mode]
     planned = plan_memory(TINY, 16, per_layer=True, **updates, **GROUP, **options)
     clipping = {"max_grad_norm": 1.0, "clip": updates["clipping"]} if "clipping" in updates else {"clip": "global"}
-    taken = trained(*built("bfloat16", **options), 20, micro_batches=updates.get("accumulation", 1), **clipping)
+    taken = trained(*built("bfloat16", **options), micro_batches=updates.get("accumulation", 1), **clipping)
     assert taken == pytest.approx(planned.tracked, rel=FEW)
 
 
@@ -354,12 +318,14 @@ def test_fewer_heads_of_keys_and_values_make_smaller_matrices() -> None:
 
 
 def test_what_fits_finds_the_largest_rank() -> None:
-    for fit, (_, way) in zip(what_fits("350m", 256, 1.4), memory._WAYS, strict=True):
-        assert fit.plan == plan_memory("350m", 256, **way) and fit.fits is (fit.plan.total <= 1.4e9)
-        assert 0 < fit.largest_rank < 1024 and fit.largest_rank % 64 == 0
-        assert plan_memory("350m", fit.largest_rank, **way).total <= 1.4e9
-        assert plan_memory("350m", fit.largest_rank + 64, **way).total > 1.4e9
-    nothing, everything = (what_fits("60m", 64, room) for room in (0.01, 100))
+    config = dict(zip(TINY, (1000, 512, 1376, 2, 8), strict=True))
+    for fit, (_, way) in zip(what_fits(config, 256, 0.03, tokens=16), memory._WAYS, strict=True):
+        way = {"tokens": 16, **way}
+        assert fit.plan == plan_memory(config, 256, **way) and fit.fits is (fit.plan.total <= 3e7)
+        assert 0 < fit.largest_rank < 448 and fit.largest_rank % 64 == 0
+        assert plan_memory(config, fit.largest_rank, **way).total <= 3e7
+        assert plan_memory(config, fit.largest_rank + 64, **way).total > 3e7
+    nothing, everything = (what_fits(config, 64, room) for room in (0.001, 100))
     assert {(fit.fits, fit.largest_rank) for fit in nothing} == {(False, 0)}
     assert {(fit.fits, fit.largest_rank) for fit in everything} == {(True, 512)}
 
