@@ -1,4 +1,4 @@
-"""``python -m q_galore_torch``: what is installed and which kernels will run; a report on a run."""
+"""``python -m q_galore_torch``: what is installed and which kernels run; a report on a run; what training takes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ import torch
 
 import q_galore_torch
 from q_galore_torch import ops
+from q_galore_torch.memory import GB, plan_memory, what_fits
 from q_galore_torch.report import ReportError, write_report
 
 _CUDA_LIBRARY = "libq_galore_cuda13.so"
-_USAGE = "usage: python -m q_galore_torch info | report RUN [--out FOLDER]"
+_USAGE = (
+    "usage: python -m q_galore_torch info | report RUN [--out FOLDER] | plan CONFIG --rank R [--gpu-memory GB] [...]"
+)
 _HELP = """\
 info      print versions, backends, SIMD level and why CUDA is or is not available
 report    draw loss and subspaces from the log of a run (its folder, or its log.jsonl): report.png and report.html,
-          written beside the log or into FOLDER"""
+          written beside the log or into FOLDER
+plan      print the bytes that training will take, in GB of 10**9, and with --gpu-memory which ways to train fit; CONFIG
+          is 60m, 130m, 350m, 1b, 7b or a Hugging Face style JSON file. More options: --batch B --tokens N (a sequence)
+          --per-layer --accumulation K --clipping global|per_parameter|last_norm --activation-checkpointing
+          --dtype D --grad-dtype D --weight-bits 8|none --proj-format F --proj-type T --moments-dtype D"""
 
 
 def _cuda() -> tuple[bool, str]:
@@ -77,6 +84,39 @@ def _report(words: list[str]) -> None:
         print(path)
 
 
+def _bits(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+def _plan(words: list[str]) -> None:
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--gpu-memory", type=float, default=None)
+    for name in ("--batch", "--tokens", "--accumulation"):
+        parser.add_argument(name, type=int)
+    for name in ("--per-layer", "--activation-checkpointing"):
+        parser.add_argument(name, action="store_true")
+    parser.add_argument("--weight-bits", type=_bits)
+    for name in ("--clipping", "--dtype", "--grad-dtype", "--proj-format", "--proj-type", "--moments-dtype"):
+        parser.add_argument(name)
+    given = vars(parser.parse_args(words))
+    config, rank, memory = (given.pop(name) for name in ("config", "rank", "gpu_memory"))
+    try:
+        print(plan_memory(config, rank, **given))
+        if memory is None:
+            return
+        for name in ("per_layer", "accumulation", "clipping", "grad_dtype"):  # those that what_fits goes through
+            given.pop(name, None)
+        fits = what_fits(config, rank, memory, **given)
+    except ValueError as error:
+        raise ReportError(str(error)) from None
+    print(f"\n{'in ' + format(memory, 'g') + ' GB':<42}{'tracked':>9}{'total':>9}{'fits':>6}{'largest rank':>14}")
+    for fit in fits:
+        tracked, total = (f"{size / GB:.2f}" for size in (fit.plan.tracked, fit.plan.total))
+        print(f"{fit.name:<42}{tracked:>9}{total:>9}{'yes' if fit.fits else 'no':>6}{fit.largest_rank or 'none':>14}")
+
+
 def _info() -> None:
     lines = info()
     width = max(len(name) for name, _ in lines)
@@ -91,7 +131,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The command line without the program's name; default ``sys.argv[1:]``.
 
     Returns:
-        The exit code: 0, or 2 for a command line that is not understood or a run that cannot be reported on.
+        The exit code: 0, or 2 for a command line that is not understood, a run that cannot be reported on or a
+        model that cannot be planned for.
     """
     words = sys.argv[1:] if arguments is None else arguments
     if words in (["-h"], ["--help"]):
@@ -100,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if words[:1] == ["report"]:
             _report(words[1:])
+        elif words[:1] == ["plan"]:
+            _plan(words[1:])
         elif words == ["info"]:
             _info()
         else:

@@ -325,8 +325,8 @@ def test_info_says_why_cuda_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "q_galore_torch: no command given; usage: python -m q_galore_torch info | report RUN [--out FOLDER]\n"),
-        (["plan", "7b"], f"q_galore_torch: unknown command 'plan 7b'; {command_line._USAGE}\n"),
+        ([], f"q_galore_torch: no command given; {command_line._USAGE}\n"),
+        (["train", "7b"], f"q_galore_torch: unknown command 'train 7b'; {command_line._USAGE}\n"),
         (["info", "7b"], f"q_galore_torch: unknown command 'info 7b'; {command_line._USAGE}\n"),
     ],
 )

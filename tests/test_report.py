@@ -471,8 +471,7 @@ def test_command_runs_as_a_module(tmp_path: Path) -> None:
 )
 def test_bad_command_line_is_one_sentence(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["report", *words]) == 2
-    usage = "usage: python -m q_galore_torch info | report RUN [--out FOLDER]"
-    assert capsys.readouterr().err == f"q_galore_torch: {sentence}; {usage}\n"
+    assert capsys.readouterr().err == f"q_galore_torch: {sentence}; {command_line._USAGE}\n"
 
 
 # ---------------------------------------------------------------- with the optimizer

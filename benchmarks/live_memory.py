@@ -1,0 +1,55 @@
+"""The bytes that training really has allocated: distinct memory of weights, buffers, gradients, stashes and state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from q_galore_torch.nn.leaf import ZeroLeaf
+
+
+def storages(tensors: Iterable[Tensor]) -> int:
+    """Bytes of distinct memory that tensors lie in."""
+    with torch._C.DisableTorchFunctionSubclass():
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(found.values())
+
+
+def alive(model: nn.Module, optimizer: Optimizer) -> Iterator[Tensor]:
+    """Every tensor that belongs to the training."""
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+        binding = parameter.binding if isinstance(parameter, ZeroLeaf) else None
+        if binding is not None and binding.stash is not None:
+            yield binding.stash
+    for state in optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+class Peak:
+    """The most bytes alive when any gradient arrives, and before and after any update; ``bytes`` holds them.
+
+    Make it before per-layer updates are switched on, whose own hooks free the gradients, and ``remove()`` it at the
+    end: a parameter and a hook that holds it would never be collected.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.model, self.optimizer, self.bytes = model, optimizer, 0
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._hooks = [p.register_post_accumulate_grad_hook(lambda _: self._look()) for p in trained]
+        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._look()))
+        self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._look()))
+
+    def _look(self) -> None:
+        self.bytes = max(self.bytes, storages(alive(self.model, self.optimizer)))
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
