@@ -1,4 +1,4 @@
-"""prepare_model on a model built on the meta device: the same layers as from a float model, never all of it in float."""
+"""prepare_model on a meta model: the same layers as from a float model, which never exists as a whole."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def initializer(std: float, dtype: torch.dtype = torch.float32) -> Callable[[nn.
     """What sets a module's own parameters: normal weights and embeddings, norms of one, biases of zero.
 
     Args:
-        std: Of the normal distribution.
+        std: Of the normal distribution; with 0 nothing is drawn.
         dtype: Numbers are drawn in float32 and then rounded, so that every dtype begins with the same ones.
     """
 
@@ -210,7 +210,7 @@ def initializer(std: float, dtype: torch.dtype = torch.float32) -> Callable[[nn.
     def initialize(module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, (nn.Linear, nn.Embedding)) and name == "weight":
-                parameter.normal_(std=std)
+                parameter.normal_(std=std) if std else parameter.zero_()
             else:
                 parameter.fill_(0.0 if name == "bias" else 1.0)
             parameter.data = parameter.data.to(dtype)

@@ -47,10 +47,8 @@ def _initialize(name: str, module: nn.Module, initialize: Callable[[nn.Module], 
         initialize(module)
     for key, was_set in unset.items():
         if not was_set():
-            raise ValueError(
-                f"initialize must give values to {f'{name}.{key}'.lstrip('.')} of a {type(module).__name__}: it was left "
-                "without (the model is half made now: build it anew)"
-            )
+            what = f"{f'{name}.{key}'.lstrip('.')} of a {type(module).__name__}"
+            raise ValueError(f"initialize must give values to {what}, which has none (build the model anew)")
 
 
 class _Memory:
