@@ -139,11 +139,7 @@ def test_demo_is_a_preset_that_flags_override() -> None:
     ("given", "sentence"),
     [
         (["--simulation"], "--simulation is not supported yet"),
-        (["--single_gpu"], "--single_gpu is not supported yet"),
-        (["--activation_checkpointing"], "--activation_checkpointing is not supported yet"),
-        (["--optimizer", "q_galore_adamw8bit_per_layer"], "q_galore_adamw8bit_per_layer is not supported yet"),
-        (["--optimizer", "galore_adamw8bit_per_layer"], "galore_adamw8bit_per_layer is not supported yet"),
-        (["--weight_quant"], "--weight_quant goes with --optimizer q_galore_adamw8bit, not with adam"),
+        (["--weight_quant"], "q_galore_adamw8bit or q_galore_adamw8bit_per_layer, not with adam"),
         (["--proj_quant", "--optimizer", "galore_adamw"], "galore_adamw keeps float32"),
         (["--total_batch_size", "6"], "--total_batch_size 6 is not a multiple of --batch_size 4"),
         (["--total_batch_size", "8", "--gradient_accumulation", "3"], "--batch_size 4 times --gradient_accumulation 3"),
@@ -217,10 +213,40 @@ def test_missing_batch_size_and_config_are_named(config: str) -> None:
         parse_flags(["--batch_size", "4"])
 
 
-def test_more_than_one_process_is_refused(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="training with 2 processes is not supported yet"):
-        parse_flags(flags(config))
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--batch_size", "4"], (4, 1, 12)),
+        (["--batch_size", "4", "--total_batch_size", "24"], (4, 2, 24)),
+        (["--batch_size", "4", "--gradient_accumulation", "3"], (4, 3, 36)),
+        (["--total_batch_size", "12", "--gradient_accumulation", "2"], (2, 2, 12)),
+    ],
+)
+def test_batches_of_three_processes(
+    config: str, given: list[str], expected: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch size is a process's, as in the public script; the total is that of all."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    args = parse_flags(["--model_config", config, *given])
+    assert (args.batch_size, args.gradient_accumulation, args.total_batch_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "sentence"),
+    [
+        ({"WORLD_SIZE": "2"}, ["--single_gpu"], "--single_gpu goes with one process, got 2; use --nproc_per_node 1"),
+        ({"WORLD_SIZE": "2"}, ["--total_batch_size", "4"], "4 is not a multiple of --batch_size 4 times 2 processes"),
+        ({"WORLD_SIZE": "two"}, [], "the environment variable WORLD_SIZE must be a whole number, got 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, [], "RANK must be below WORLD_SIZE, got 2 and 2"),
+    ],
+)
+def test_refusals_of_processes(
+    config: str, changes: dict[str, str], given: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=sentence):
+        parse_flags(flags(config, *given))
 
 
 def test_folder_that_cannot_be_made_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ tokenizer.py   bytes, a tokenizer folder, or a BPE trained on the corpus
 data.py        documents -> held-out split -> packed blocks, with a position that can be saved
 model.py       a small LLaMA with Hugging Face's module names
 losses.py      next-token loss in chunks, evaluation
+processes.py   the processes of one run
 optimizers.py  the ten optimizer names and their parameter groups
 schedules.py   warm-up and decay of the learning rate
 checkpoint.py  atomic save, checked load

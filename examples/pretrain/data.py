@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import UsageError, import_optional
+from .processes import ALONE, Processes
 from .tokenizer import Tokenizer, make_tokenizer
 
 HELD_OUT_SHARE = 0.02
@@ -29,7 +30,11 @@ NOT_IN_THE_CORPUS = {"test", "tests", "idle_test", "site-packages", "dist-packag
 
 
 class Source(Protocol):
-    """An endless source of training batches whose position can be saved."""
+    """An endless source of training batches whose position can be saved.
+
+    Of several processes each gets its own part of what all of them draw together; the position is the common one, so a
+    run may be continued by another number of processes.
+    """
 
     def next_batch(self, size: int) -> tuple[Tensor, Tensor]: ...
 
@@ -56,8 +61,8 @@ class PackedBlocks:
     token is predicted once an epoch. The position is the number of blocks drawn so far, and nothing else.
     """
 
-    def __init__(self, tokens: Tensor, length: int, seed: int) -> None:
-        self.tokens, self.length, self.seed = tokens, length, seed
+    def __init__(self, tokens: Tensor, length: int, seed: int, processes: Processes = ALONE) -> None:
+        self.tokens, self.length, self.seed, self.processes = tokens, length, seed, processes
         self.blocks = (len(tokens) - 1) // length
         if self.blocks < 1:
             raise UsageError(f"the training text has {len(tokens)} tokens, too few for --max_length {length}")
@@ -66,8 +71,9 @@ class PackedBlocks:
 
     def next_batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 [size, length] each."""
-        rows = torch.stack([self._block(self.drawn + i) for i in range(size)])
-        self.drawn += size
+        first = self.drawn + self.processes.rank * size
+        rows = torch.stack([self._block(first + i) for i in range(size)])
+        self.drawn += self.processes.count * size
         return rows[:, :-1], rows[:, 1:]
 
     def _block(self, number: int) -> Tensor:
@@ -94,23 +100,25 @@ class StreamedBlocks:
         documents: Called with a number of documents to skip, returns an iterator over the texts behind them.
         tokenizer: Turns texts into ids.
         length: Tokens of a block.
+        processes: Every one reads and tokenises the whole stream, and keeps its part of each batch.
     """
 
-    def __init__(self, documents: Any, tokenizer: Tokenizer, length: int) -> None:
-        self.documents, self.tokenizer, self.length = documents, tokenizer, length
+    def __init__(self, documents: Any, tokenizer: Tokenizer, length: int, processes: Processes = ALONE) -> None:
+        self.documents, self.tokenizer, self.length, self.processes = documents, tokenizer, length, processes
         self.taken, self.rest = 0, torch.empty(0, dtype=torch.int32)
         self._texts: Iterator[str] | None = None
 
     def next_batch(self, size: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, int64 [size, length] each."""
-        needed = size * self.length + 1
+        own = size * self.length
+        needed = self.processes.count * own + 1
         pieces, have = [self.rest], len(self.rest)
         while have < needed:
             pieces.append(with_end(next(self.tokenizer.encode([self._next_text()])), self.tokenizer))
             have += len(pieces[-1])
         stream = torch.cat(pieces)
         self.rest = stream[needed - 1 :].clone()
-        used = stream[:needed].to(torch.int64)
+        used = stream[self.processes.rank * own :][: own + 1].to(torch.int64)
         return used[:-1].view(size, self.length), used[1:].view(size, self.length)
 
     def _next_text(self) -> str:
@@ -128,7 +136,7 @@ class StreamedBlocks:
         return {"taken": self.taken, "rest": self.rest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.taken, self.rest, self._texts = state["taken"], state["rest"], None
+        self.taken, self.rest, self._texts = state["taken"], state["rest"].clone(), None
 
 
 def held_out_batches(tokens: Tensor, length: int, size: int, limit: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,7 +161,14 @@ def held_out_batches(tokens: Tensor, length: int, size: int, limit: int = 0) -> 
 
 
 def load_corpus(
-    kind: str, path: str | None, tokenizer: str, length: int, seed: int, held_out_tokens: int, vocabulary: int
+    kind: str,
+    path: str | None,
+    tokenizer: str,
+    length: int,
+    seed: int,
+    held_out_tokens: int,
+    vocabulary: int,
+    processes: Processes = ALONE,
 ) -> Corpus:
     """Everything the training loop needs to know about its data.
 
@@ -165,9 +180,10 @@ def load_corpus(
         seed: Orders the training blocks.
         held_out_tokens: So many are read of a streamed validation part; 0 stands for 10 million.
         vocabulary: Entries the model has room for.
+        processes: Those that share the training part.
     """
     if kind == "c4":
-        return _load_c4(tokenizer, length, held_out_tokens, vocabulary)
+        return _load_c4(tokenizer, length, held_out_tokens, vocabulary, processes)
     root = Path(sysconfig.get_path("stdlib")) if kind == "python" else Path(str(path))
     documents = unique(read_documents(root, "*.py" if kind == "python" else "*"))
     train_texts, held_out_texts = split_documents(documents)
@@ -183,7 +199,7 @@ def load_corpus(
         f"{name}: {len(documents)} documents, {len(train):,} training and {len(held_out):,} held-out tokens "
         f"({chosen.name} tokenizer)"
     )
-    return Corpus(PackedBlocks(train, length, seed), held_out, chosen, description, fingerprint)
+    return Corpus(PackedBlocks(train, length, seed, processes), held_out, chosen, description, fingerprint)
 
 
 def read_documents(root: Path, pattern: str) -> list[str]:
@@ -275,7 +291,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocabulary: int) -> None:
         )
 
 
-def _load_c4(tokenizer: str, length: int, held_out_tokens: int, vocabulary: int) -> Corpus:
+def _load_c4(tokenizer: str, length: int, held_out_tokens: int, vocabulary: int, processes: Processes) -> Corpus:
     """The English part of C4, streamed; it is shuffled already, so its own order is kept."""
     if tokenizer.startswith("bpe"):
         raise UsageError("--tokenizer bpe cannot be trained on streamed data; give a tokenizer folder with --data c4")
@@ -303,4 +319,5 @@ def _load_c4(tokenizer: str, length: int, held_out_tokens: int, vocabulary: int)
         raise UsageError("the validation part of C4 is empty")
     held_out = torch.cat(pieces)[: limit + 1]
     description = f"C4 (en), streamed: {len(held_out):,} held-out tokens ({chosen.name} tokenizer)"
-    return Corpus(StreamedBlocks(training_texts, chosen, length), held_out, chosen, description, "c4/en")
+    blocks = StreamedBlocks(training_texts, chosen, length, processes)
+    return Corpus(blocks, held_out, chosen, description, "c4/en")

@@ -16,12 +16,13 @@ import torch
 
 from .errors import UsageError
 from .optimizers import OPTIMIZERS, PLAIN, PROJECTED, QUANTISED
+from .processes import read_environment
 from .schedules import SCHEDULERS
 
 EXAMPLES = Path(__file__).resolve().parent.parent
 
 NOT_YET = "is not supported yet"
-REFUSED_FLAGS = ("simulation", "single_gpu", "activation_checkpointing")
+REFUSED_FLAGS = ("simulation",)
 
 DEMO: dict[str, Any] = {
     "model_config": str(EXAMPLES / "configs" / "llama_demo.json"),
@@ -48,8 +49,8 @@ DEMO: dict[str, Any] = {
 }
 
 EPILOG = """\
-One update takes total_batch_size sequences of max_length tokens, as gradient_accumulation micro-batches of batch_size:
-give any two of the three, or batch_size alone. The loss of an update is the mean over all its tokens.
+One update takes total_batch_size sequences of max_length tokens: in each process gradient_accumulation micro-batches of
+batch_size. Give any two of the three, or batch_size alone. The loss of an update is the mean over all its tokens.
 
 Exit codes: 0 finished; 1 the training failed; 2 bad flags, missing files or packages; 130 and 143 stopped by Ctrl-C or
 SIGTERM, after saving a checkpoint at the end of the running update.
@@ -78,7 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--use_hf_model", action="store_true", help="transformers' LLaMA instead of the one that comes with the example"
     )
     add("--dtype", help="float32 or bfloat16; default: bfloat16 on a GPU that has it, else float32")
-    add("--activation_checkpointing", action="store_true", help=NOT_YET)
+    add(
+        "--activation_checkpointing",
+        action="store_true",
+        help="keep only the inputs of the decoder layers for the backward pass, and run each layer again there",
+    )
     add("--device", help="cpu or cuda; default: cuda where there is one and the optimizer runs there")
     add("--seed", type=int, default=0, help="initial weights, order of the blocks, rounding noise (default 0)")
 
@@ -95,9 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("training").add_argument
-    add("--batch_size", type=int, help="sequences of a micro-batch; what must fit in memory (a CPU splits it further)")
-    add("--gradient_accumulation", type=int, help="micro-batches of an update")
-    add("--total_batch_size", type=int, help="sequences of an update")
+    add("--batch_size", type=int, help="sequences of a process's micro-batch; must fit in memory (a CPU splits it)")
+    add("--gradient_accumulation", type=int, help="micro-batches of an update in each process")
+    add("--total_batch_size", type=int, help="sequences of an update, of all processes together")
     add("--num_training_steps", type=int, default=10000, help="updates (default 10000)")
     add("--max_train_tokens", help="instead of --num_training_steps; 1_000_000, 100M and 1.5B are understood")
     add("--lr", type=float, default=1e-4, help="peak learning rate (default 1e-4)")
@@ -135,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cos_threshold", type=float, help="the same of the upstream rule (default 0.4)")
     add("--gamma_proj", type=float, help="factor of a stretch (default 2)")
     add("--queue_size", type=int, help="similarities whose mean decides (default 5)")
-    add("--single_gpu", action="store_true", help=NOT_YET)
+    add("--single_gpu", action="store_true", help="one process without DistributedDataParallel; more are refused")
 
     add = parser.add_argument_group("evaluation, checkpoints, logs").add_argument
     add(
@@ -165,7 +170,8 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, checked and completed.
 
     Beside the flags themselves the result has ``data_kind``, ``cycle_length``, ``total_batch_size``,
-    ``gradient_accumulation``, ``torch_dtype``, ``torch_device`` and ``save_dir``, all filled in.
+    ``gradient_accumulation``, ``process``, ``processes``, ``local_process``, ``torch_dtype``, ``torch_device`` and
+    ``save_dir``, all filled in.
 
     Raises:
         UsageError: A flag is unknown, impossible, contradicts another, or is not supported yet.
@@ -178,6 +184,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if args.demo and args.optimizer not in QUANTISED:  # the demo's quantisation belongs to the demo's optimizer
         for flag in ("weight_quant", "proj_quant", "stochastic_round"):
             setattr(args, flag, f"--{flag}" in arguments)
+    args.process, args.processes, args.local_process = read_environment()
     _refuse_unsupported(args)
     _check_numbers(args)
     _check_data(args)
@@ -213,17 +220,14 @@ def _refuse_unsupported(args: argparse.Namespace) -> None:
     for flag in REFUSED_FLAGS:
         if getattr(args, flag):
             raise UsageError(f"--{flag} {NOT_YET}")
-    if args.optimizer.endswith("_per_layer"):
-        raise UsageError(f"--optimizer {args.optimizer} {NOT_YET}; {args.optimizer[:-10]} updates all layers together")
     if args.weight_quant and args.optimizer not in QUANTISED:
         raise UsageError(f"--weight_quant goes with --optimizer {' or '.join(QUANTISED)}, not with {args.optimizer}")
     if args.proj_quant and args.optimizer not in PROJECTED:
         raise UsageError(f"--proj_quant goes with a galore optimizer, not with {args.optimizer}")
     if args.proj_quant and args.optimizer not in QUANTISED:
         raise UsageError(f"--proj_quant goes with --optimizer {' or '.join(QUANTISED)}; {args.optimizer} keeps float32")
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise UsageError(f"training with {processes} processes {NOT_YET}; use --nproc_per_node 1")
+    if args.single_gpu and args.processes > 1:
+        raise UsageError(f"--single_gpu goes with one process, got {args.processes}; use --nproc_per_node 1")
 
 
 # flag: lowest allowed value, whether that value itself is allowed
@@ -265,24 +269,29 @@ def _check_data(args: argparse.Namespace) -> None:
 
 
 def _derive_batches(args: argparse.Namespace) -> None:
-    """total_batch_size = batch_size * gradient_accumulation, whichever two are given; batch_size alone: one each."""
+    """total_batch_size = processes * batch_size * gradient_accumulation, two of them given, or batch_size alone."""
     batch, accumulation, total = args.batch_size, args.gradient_accumulation, args.total_batch_size
+    count = args.processes
+    times = f" times {count} processes" if count > 1 else ""
     if batch is None:
         if accumulation is None or total is None:
             raise UsageError("--batch_size is missing (or give --demo)")
-        if total % accumulation:
-            raise UsageError(f"--total_batch_size {total} is not a multiple of --gradient_accumulation {accumulation}")
-        batch = total // accumulation
+        if total % (accumulation * count):
+            raise UsageError(
+                f"--total_batch_size {total} is not a multiple of --gradient_accumulation {accumulation}{times}"
+            )
+        batch = total // (accumulation * count)
     if accumulation is None:
-        total = batch if total is None else total
-        if total % batch:
-            raise UsageError(f"--total_batch_size {total} is not a multiple of --batch_size {batch}")
-        accumulation = total // batch
+        total = batch * count if total is None else total
+        if total % (batch * count):
+            raise UsageError(f"--total_batch_size {total} is not a multiple of --batch_size {batch}{times}")
+        accumulation = total // (batch * count)
     if total is None:
-        total = batch * accumulation
-    if batch * accumulation != total:
+        total = batch * accumulation * count
+    if batch * accumulation * count != total:
         raise UsageError(
-            f"--batch_size {batch} times --gradient_accumulation {accumulation} is not --total_batch_size {total}"
+            f"--batch_size {batch} times --gradient_accumulation {accumulation}{times} is not "
+            f"--total_batch_size {total}"
         )
     args.batch_size, args.gradient_accumulation, args.total_batch_size = batch, accumulation, total
 
@@ -314,6 +323,8 @@ def _derive_device(args: argparse.Namespace) -> None:
         raise UsageError("--device cuda: PyTorch finds no usable GPU here")
     if args.torch_device.type == "cuda" and not usable:
         raise UsageError(f"--optimizer {args.optimizer} on a GPU {NOT_YET}")
+    if args.torch_device.type == "cuda" and args.torch_device.index is None and args.processes > 1:
+        args.torch_device = torch.device("cuda", args.local_process)
     if args.dtype is None:
         fit = args.torch_device.type == "cuda" and torch.cuda.is_bf16_supported()
         args.dtype = "bfloat16" if fit else "float32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .model import hidden_states
+from .processes import ALONE, Processes
 
 # The logits of 65,536 tokens over 32,000 entries are 8.4 GB in float32, twice that with their gradient. They are
 # therefore made for so many numbers at a time, and made again in the backward pass: one more product with lm_head.
@@ -43,27 +45,43 @@ def summed_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([run(states, wanted) for states, wanted in pieces]).sum()
 
 
+class SummedLoss(nn.Module):
+    """``summed_loss`` as the forward of a module, since DistributedDataParallel wraps nothing else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return summed_loss(self.model, inputs, targets)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
+    processes: Processes = ALONE,
 ) -> tuple[float, int] | None:
     """Mean loss in nats per token over all targets of all batches, whatever their sizes.
 
+    Several processes take the batches in turn and all return the same.
+
     Returns:
-        The mean and the number of targets, or None when ``stop`` asked to leave before the end.
+        The mean and the number of targets, or None when ``stop`` asked a process to leave before the end.
     """
     was_training = model.training
     model.eval()
-    total, count = 0.0, 0
+    total, count, stopped = 0.0, 0, False
     try:
-        for inputs, targets in batches:
-            if stop():
-                return None
+        for inputs, targets in islice(batches, processes.rank, None, processes.count):
+            stopped = stop()
+            if stopped:
+                break
             total += summed_loss(model, inputs.to(device), targets.to(device)).item()
             count += targets.numel()
     finally:
         model.train(was_training)
-    return total / count, count
+    total, tokens, stops = processes.sum(total, count, stopped)
+    return None if stops else (total / tokens, int(tokens))

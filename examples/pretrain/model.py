@@ -8,6 +8,7 @@ own model instead; ``hidden_states`` is the one place that knows the difference.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .errors import UsageError, import_optional
 
@@ -159,12 +161,16 @@ class LlamaBody(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head_size = config.hidden_size // config.num_attention_heads
         self.rope_theta = config.rope_theta
+        self.checkpointing = False  # keep only each layer's input, and run the layer again in the backward
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)
         cos, sin = self._angles(tokens.shape[1], x)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin)
         return self.norm(x)
 
     def _angles(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,30 +191,77 @@ class LlamaForCausalLM(nn.Module):
         self.model = LlamaBody(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=config.initializer_range)
+            initializer(config.initializer_range)(module)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits [batch, length, vocab]."""
         return self.lm_head(self.model(tokens))
 
 
-def build_model(path: str, use_hf_model: bool, dtype: torch.dtype) -> nn.Module:
-    """A freshly initialised model from a config file, in ``dtype``.
+def initializer(std: float, dtype: torch.dtype = torch.float32) -> Callable[[nn.Module], None]:
+    """What sets a module's own parameters: normal weights and embeddings, norms of one, biases of zero.
+
+    Args:
+        std: Of the normal distribution; with 0 nothing is drawn.
+        dtype: Numbers are drawn in float32 and then rounded, so that every dtype begins with the same ones.
+    """
+
+    @torch.no_grad()
+    def initialize(module: nn.Module) -> None:
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, (nn.Linear, nn.Embedding)) and name == "weight":
+                parameter.normal_(std=std) if std else parameter.zero_()
+            else:
+                parameter.fill_(0.0 if name == "bias" else 1.0)
+            parameter.data = parameter.data.to(dtype)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0.0
+
+    return initialize
+
+
+def build_model(path: str, use_hf_model: bool, dtype: torch.dtype, on_meta: bool = False) -> nn.Module:
+    """A model from a config file, freshly initialised in ``dtype``.
+
+    Args:
+        path: The config file.
+        use_hf_model: transformers' LLaMA instead of ours.
+        dtype: Of the parameters; what transformers keeps in buffers, the rotary frequencies, stays float32.
+        on_meta: Leave the parameters on the meta device, for ``prepare_model(initialize=...)`` to set them one module
+            after the other, with the same numbers.
 
     Raises:
         UsageError: The file is unusable, or transformers is asked for and not installed.
     """
-    if not use_hf_model:
-        return LlamaForCausalLM(LlamaConfig.from_json(path)).to(dtype)
+    with torch.device("meta"):
+        model = _transformers_model(path) if use_hf_model else LlamaForCausalLM(LlamaConfig.from_json(path))
+    if not on_meta:
+        model.to_empty(device="cpu")
+    if use_hf_model:  # neither knows of ties or of values that the constructor has computed
+        model.tie_weights()
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    if not on_meta:
+        for module in model.modules():
+            initializer(model.config.initializer_range, dtype)(module)
+    return model
+
+
+def _transformers_model(path: str) -> Any:
     values = read_config_json(path)
     transformers = import_optional("transformers", "--use_hf_model", 'pip install "q-galore-torch[hf]"')
     values.setdefault("max_position_embeddings", values.get("max_sequence_length", 2048))
     try:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values, use_cache=False))
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**values, use_cache=False))
     except (TypeError, ValueError) as error:
         raise UsageError(f"transformers refuses the model config {path}: {str(error).splitlines()[0]}") from None
-    return model.to(dtype)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep only the inputs of the decoder layers for the backward pass, which runs each layer once more."""
+    if isinstance(model, LlamaForCausalLM):
+        model.model.checkpointing = True
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:

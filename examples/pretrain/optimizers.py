@@ -1,4 +1,4 @@
-"""The optimizer names of the command line: four of torch.optim, four over q_galore_torch, two not supported yet.
+"""The optimizer names of the command line: four of torch.optim, six over q_galore_torch.
 
 adam, adamw, sgd, adafactor    torch.optim, every parameter alike
 adam8bit                       8-bit moments, no projection
@@ -6,38 +6,66 @@ galore_adamw                   attention and MLP matrices projected; float32 mom
 galore_adamw8bit               the same with 8-bit moments
 q_galore_adamw8bit             8-bit moments, low-rank backward; --proj_quant quantises the projector,
                                --weight_quant stores the matrices in INT8
+..._per_layer                  the two 8-bit ones, each parameter updated as soon as its gradient is there
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .errors import UsageError, import_optional
 
-QUANTISED = ("q_galore_adamw8bit",)
-PROJECTED = ("galore_adamw", "galore_adamw8bit", *QUANTISED)
+QUANTISED = ("q_galore_adamw8bit", "q_galore_adamw8bit_per_layer")
+PROJECTED = ("galore_adamw", "galore_adamw8bit", "galore_adamw8bit_per_layer", *QUANTISED)
 PLAIN = ("adam", "adamw", "sgd", "adafactor")
 PER_LAYER = ("galore_adamw8bit_per_layer", "q_galore_adamw8bit_per_layer")
-OPTIMIZERS = (*PLAIN, "adam8bit", *PROJECTED, *PER_LAYER)
+OPTIMIZERS = (*PLAIN, "adam8bit", *PROJECTED)
 
 TARGET_MODULES = ["attn", "mlp"]
 
 
+def prepare(model: nn.Module, args: argparse.Namespace, initialize: Callable[[nn.Module], None]) -> None:
+    """Give the model of a ``QUANTISED`` optimizer its layers and its values, one module after the other.
+
+    Args:
+        model: On the meta device; what is there gets memory on ``args.torch_device``.
+        args: The flags.
+        initialize: Sets a module's own parameters.
+
+    Raises:
+        UsageError: The package refuses a value, or is not installed.
+    """
+    qg = _package(args)
+    prepared: dict[str, Any] = {"rank": args.rank, "target_modules": TARGET_MODULES, "proj_type": args.proj_type}
+    if args.weight_quant:
+        prepared.update(weight_bits=args.weight_bits, group_size=args.weight_group_size)
+    else:
+        prepared["weight_bits"] = None
+    if args.lazy_rule == "upstream":  # it compares singular vectors of full gradients
+        prepared["grad_mode"] = "full"
+    try:
+        qg.prepare_model(model, **prepared, initialize=initialize, device=args.torch_device)
+    except (ValueError, NotImplementedError) as error:
+        raise UsageError(str(error)) from None
+
+
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> Optimizer:
-    """The optimizer that ``args.optimizer`` names; ``q_galore_adamw8bit`` converts the model's layers in place.
+    """The optimizer that ``args.optimizer`` names; the model of a ``QUANTISED`` one is prepared.
 
     Raises:
         UsageError: The package refuses a value, or is not installed.
     """
     if args.optimizer in PLAIN:
         return _torch_optimizer(model, args)
-    qg = import_optional("q_galore_torch", f"--optimizer {args.optimizer}", "pip install q-galore-torch")
+    qg = _package(args)
     try:
         groups, keywords = _groups(qg, model, args)
         return qg.QGaLoreAdamW8bit(
@@ -45,6 +73,51 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace) -> Optimizer:
         )
     except (ValueError, NotImplementedError) as error:
         raise UsageError(str(error)) from None
+
+
+def update_per_layer(
+    optimizer: Optimizer, args: argparse.Namespace, backwards: int, ddp: DistributedDataParallel | None
+) -> Any:
+    """Update every parameter in its gradient's hook.
+
+    Args:
+        optimizer: One of ``PER_LAYER``.
+        args: The flags.
+        backwards: Backward passes of one update.
+        ddp: The model's wrapper where there are several processes.
+
+    Returns:
+        The handle, whose ``grad_norm`` is the last update's.
+    """
+    clipping: dict[str, Any] = {}
+    if args.grad_clipping:
+        clipping = {"max_grad_norm": args.grad_clipping, "clip": clip_of(args)}
+    return _package(args).enable_per_layer(optimizer, accumulation_steps=backwards, ddp=ddp, **clipping)
+
+
+def clip_of(args: argparse.Namespace) -> str:
+    """What bounds the gradients of a ``PER_LAYER`` optimizer: the norm of all gradients can wait for their end only
+    where they are low-rank; full ones are bounded by the norm of the update before."""
+    return "global" if args.optimizer in QUANTISED and args.lazy_rule != "upstream" else "last_norm"
+
+
+def ready_for_ddp(wrapped: nn.Module, args: argparse.Namespace) -> None:
+    """Make the processes' INT8 codes agree once, so that DistributedDataParallel leaves them alone.
+
+    Args:
+        wrapped: What DistributedDataParallel is going to wrap.
+        args: The flags.
+    """
+    if args.optimizer in QUANTISED:
+        from q_galore_torch.integrations import distributed
+        from q_galore_torch.nn.linear import QGaLoreLinear
+
+        if any(isinstance(module, QGaLoreLinear) for module in wrapped.modules()):
+            distributed.prepare(wrapped)
+
+
+def _package(args: argparse.Namespace) -> ModuleType:
+    return import_optional("q_galore_torch", f"--optimizer {args.optimizer}", "pip install q-galore-torch")
 
 
 def _betas(args: argparse.Namespace) -> tuple[float, float]:
@@ -88,20 +161,11 @@ def _quantised_groups(
     qg: ModuleType, model: nn.Module, args: argparse.Namespace, projection: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Q-GaLore: the layers take over the backward pass, so that only low-rank gradients exist."""
-    prepared: dict[str, Any] = {"rank": args.rank, "target_modules": TARGET_MODULES, "proj_type": args.proj_type}
-    keywords: dict[str, Any] = {}
-    if args.weight_quant:
-        prepared.update(weight_bits=args.weight_bits, group_size=args.weight_group_size)
-        keywords["stochastic_round"] = args.stochastic_round
-    else:
-        prepared["weight_bits"] = None
     lazy = {name: getattr(args, name) for name in ("energy_threshold", "cos_threshold", "gamma_proj", "queue_size")}
     projection.update({name: value for name, value in lazy.items() if value is not None}, lazy_rule=args.lazy_rule)
-    if args.lazy_rule == "upstream":  # it compares singular vectors of full gradients
-        prepared["grad_mode"] = "full"
     if args.proj_quant:
         projection.update(quant=True, quant_n_bit=args.proj_bits, quant_group_size=args.proj_group_size)
     else:
         projection["proj_format"] = "float32"
-    qg.prepare_model(model, **prepared)
+    keywords = {"stochastic_round": args.stochastic_round} if args.weight_quant else {}
     return qg.param_groups(model, rank=args.rank, **projection), keywords

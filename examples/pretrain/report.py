@@ -80,6 +80,24 @@ class RunLog:
             self._wandb.finish()
 
 
+class NoLog:
+    """What stands for the log in every process but the first."""
+
+    kept: tuple[dict[str, Any], ...] = ()
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        pass
+
+    def advance(self, loss: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file; none if there is no file, and a last line cut short is left out."""
     records = []

@@ -23,11 +23,6 @@ class StopRequest:
     def asked(self) -> bool:
         return self.signal is not None
 
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM; 0 when not asked."""
-        return 128 + self.signal if self.signal is not None else 0
-
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from q_galore_torch.nn.initialize import initialized_modules
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.nn.linear import QGaLoreLinear, check_layer_options
 from q_galore_torch.subspace import side_of
@@ -34,6 +35,8 @@ def prepare_model(
     grad_dtype: str = "float32",
     proj_type: str = "std",
     save_projected: bool = True,
+    initialize: Callable[[nn.Module], None] | None = None,
+    device: torch.device | str | None = None,
 ) -> nn.Module:
     """Replace linear layers by :class:`QGaLoreLinear`, in place.
 
@@ -51,6 +54,12 @@ def prepare_model(
             ``"right"``, ``"left"``, or ``"full"`` for both (R is then r x r).
         save_projected: a low-rank layer that projects the right side keeps ``X P^T`` in place of its input X for the
             backward, where that takes less memory (default True); no number depends on it. False: always X.
+        initialize: sets the values (and, if it likes, the dtype) of a module's own parameters and buffers, given that
+            module. With it a model that was built under ``torch.device("meta")`` gets memory module by module, and each
+            matching layer is quantised and its floats freed before the next one: the whole never exists in float. It is
+            called for every module in the order of ``model.modules()``, so the random numbers are those of the same
+            loop over a float model. Default None: a meta model becomes a prepared meta model.
+        device: where ``initialize`` finds a meta model's tensors, default torch's.
 
     Returns:
         ``model``.
@@ -58,7 +67,9 @@ def prepare_model(
     Raises:
         ValueError: an option is out of range, nothing matches, or a matching layer cannot be converted (its parent
             reads ``.weight`` itself, the weight is shared with a module that is not converted with it, is computed from
-            others (``weight_norm``, ``prune``, parametrizations) or is not finite); no layer is converted then.
+            others (``weight_norm``, ``prune``, parametrizations) or is not finite); no layer is converted then. With
+            ``initialize`` also: it left a tensor without values, or a meta tensor is neither parameter nor buffer; what
+            comes up only while it runs leaves a model that is half made.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
@@ -68,36 +79,72 @@ def prepare_model(
     check_layer_options(weight_bits, group_size, grad_mode, grad_dtype, save_projected)
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be an integer >= 1, got {rank!r}")
+    if device is not None and initialize is None:
+        raise ValueError(f"device goes with initialize, got device={str(device)!r} alone")
     side_of(proj_type, 1, 1)
     targets = _targets(model, target_modules)
     _refuse_tied(model, targets)
     options: dict[str, Any] = dict(weight_bits=weight_bits, group_size=group_size, grad_mode=grad_mode)
     options.update(grad_dtype=grad_dtype, proj_type=proj_type, save_projected=save_projected)
+    clipped = sum(rank > min(shape) for shape in {id(m.weight): m.weight.shape for m in targets.values()}.values())
+
+    def convert(name: str, linear: nn.Linear) -> nn.Module:
+        if grad_mode == "full" and weight_bits is None:
+            setattr(linear, _MARK, {"rank": min(rank, *linear.weight.shape), "proj_type": proj_type})
+            return linear
+        return QGaLoreLinear.from_linear(linear, name, rank=rank, **options)
+
+    if initialize is None:
+        _convert(model, targets, convert)
+    else:
+        _convert_initialized(model, targets, convert, initialized_modules(model, initialize, device))
+    if clipped:
+        _log.warning("rank %d is larger than the shorter side of %d layers: clipped there", rank, clipped)
+    return model
+
+
+def _convert(model: nn.Module, targets: dict[str, nn.Linear], convert: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Replace all targets, or none if one of them cannot be converted."""
     trained = [(linear.weight, linear.weight.requires_grad) for linear in targets.values()]
     converted: dict[int, nn.Module] = {}
-    clipped = 0
     try:
         for name, linear in targets.items():
-            key = id(linear.weight)
-            if key in converted:
-                continue
-            clipped += rank > min(linear.weight.shape)
-            if grad_mode == "full" and weight_bits is None:
-                converted[key] = linear
-            else:
-                converted[key] = QGaLoreLinear.from_linear(linear, name, rank=rank, **options)
+            if id(linear.weight) not in converted:
+                converted[id(linear.weight)] = convert(name, linear)
     except Exception:
         for weight, trains in trained:
             weight.requires_grad_(trains)
         raise
     for name, linear in targets.items():
-        new = converted[id(linear.weight)]
-        if new is linear:
-            setattr(linear, _MARK, {"rank": min(rank, *linear.weight.shape), "proj_type": proj_type})
-        _replace(model, name, new)
-    if clipped:
-        _log.warning("rank %d is larger than the shorter side of %d layers: clipped there", rank, clipped)
-    return model
+        _replace(model, name, converted[id(linear.weight)])
+
+
+def _convert_initialized(
+    model: nn.Module,
+    targets: dict[str, nn.Linear],
+    convert: Callable[[str, nn.Linear], nn.Module],
+    modules: Iterator[nn.Module],
+) -> None:
+    """Replace each target as soon as it and those that share its weight are initialised, and let go of it."""
+    names = _names_at_last_module(targets)
+    targets.clear()
+    for module in modules:
+        own = names.pop(id(module), [])
+        if own:
+            new = convert(own[0], cast(nn.Linear, module))
+            for name in own:
+                _replace(model, name, new)
+        del module  # or its weight stays while the next one is made
+
+
+def _names_at_last_module(targets: dict[str, nn.Linear]) -> dict[int, list[str]]:
+    """The names of all targets that share a weight, by the id of the last module that has it."""
+    last: dict[int, tuple[int, list[str]]] = {}
+    for linear in {id(linear): linear for linear in targets.values()}.values():
+        last[id(linear.weight)] = id(linear), []
+    for name, linear in targets.items():
+        last[id(linear.weight)][1].append(name)
+    return dict(last.values())
 
 
 def _targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str, nn.Linear]:
