@@ -252,9 +252,7 @@ def numbered(uid: int) -> QGaLoreLinear:
     """
     layer = _layers.get(uid)
     if layer is None:
-        raise RuntimeError(
-            f"layer {uid} of a compiled model is gone: keep the model as long as what was compiled of it"
-        )
+        raise RuntimeError(f"layer {uid} of a compiled model is gone: keep the model alive")
     return layer
 
 
