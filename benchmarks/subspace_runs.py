@@ -1,6 +1,6 @@
 """Training runs that compare how the subspaces are found, when, and what happens to the moments.
 
-    python benchmarks/subspace_runs.py moments|lazy|bases|all [--seeds N] [--steps N] [--dry-run]
+    python benchmarks/subspace_runs.py moments|lazy|bases|sides|all [--seeds N] [--steps N] [--dry-run]
     python benchmarks/subspace_runs.py --tables [--write]
 
 A run trains a small model (see small_models.py) on Python's own sources with INT8 weights, low-rank leaves, an INT4
@@ -192,15 +192,20 @@ def lazy_list(seeds: int, steps: int) -> list[Setting]:
 
 
 def bases_list(seeds: int, steps: int) -> list[Setting]:
-    """Kinds of bases, then projected sides, each with the moments kept."""
+    """Kinds of bases, each with the moments kept."""
     base = {"update_proj_gap": 50, **FIXED, "moments": "keep"}
-    kinds = [Setting("llama", {**base, "subspace": kind}, seed=0, steps=steps) for kind in ("random", "warm", "svd")]
-    warm = {**base, "subspace": "warm"}
-    sides = [Setting("llama", warm, {"proj_type": side}, steps=steps) for side in ("right", "full")]
-    return [Setting(s.model, s.group, s.layers, seed, steps) for seed in range(seeds) for s in (*kinds, *sides)]
+    groups = [{**base, "subspace": kind} for kind in ("random", "warm", "svd")]
+    return [Setting("llama", group, seed=seed, steps=steps) for seed in range(seeds) for group in groups]
 
 
-LISTS = {"moments": (moments_list, 3), "lazy": (lazy_list, 3), "bases": (bases_list, 2)}
+def sides_list(seeds: int, steps: int) -> list[Setting]:
+    """Projected sides of low-rank leaves."""
+    group = {"update_proj_gap": 50, **FIXED, "moments": "keep", "subspace": "warm"}
+    layers: list[dict[str, Any]] = [{}, {"proj_type": "right"}, {"proj_type": "full"}]  # without: std
+    return [Setting("llama", group, layer, seed, steps) for seed in range(seeds) for layer in layers]
+
+
+LISTS = {"moments": (moments_list, 3), "lazy": (lazy_list, 3), "bases": (bases_list, 3), "sides": (sides_list, 3)}
 
 
 def tiny(setting: Setting) -> Setting:
@@ -315,8 +320,10 @@ def all_tables(records: dict[str, dict[str, Any]], steps: int) -> dict[str, str]
     for model in ("llama", "window"):
         rows = _rows([s for s in lazy if s.model == model], lambda s: _lazy_name(s.group))
         found[f"lazy-{model}"] = compared(records, rows, rows[0][1])
-    rows = _rows(bases_list(9, steps), lambda s: f"{s.group['subspace']}, {s.layers.get('proj_type', 'std')}")
-    found["bases"] = compared(records, rows, dict(rows)["warm, std"])
+    rows = _rows(bases_list(9, steps), lambda s: str(s.group["subspace"]))
+    found["bases"] = compared(records, rows, dict(rows)["warm"])
+    rows = _rows(sides_list(9, steps), lambda s: str(s.layers.get("proj_type", "std")))
+    found["sides"] = compared(records, rows, dict(rows)["std"])
     return {name: tables.markdown(HEADER, table) for name, table in found.items() if table}
 
 
@@ -332,7 +339,7 @@ def _lazy_name(group: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("list", nargs="?", choices=[*LISTS, "all"])
-    parser.add_argument("--seeds", type=int, help="runs of a row; default 3, of the bases 2")
+    parser.add_argument("--seeds", type=int, help="runs of a row; default 3")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--log", type=Path, default=LOG)

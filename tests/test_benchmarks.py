@@ -267,6 +267,6 @@ def test_recording_is_analysed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_page_has_a_place_for_every_table() -> None:
     text = tables.PAGE.read_text()
-    names = ["moments", "lazy-llama", "lazy-window", "bases", *(f"recorded-{part}" for part in recorded.PARTS)]
+    names = ["moments", "lazy-llama", "lazy-window", "bases", "sides", *(f"recorded-{part}" for part in recorded.PARTS)]
     for name in names:
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- end of {name} -->") == 1

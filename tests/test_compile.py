@@ -137,7 +137,7 @@ def test_a_llama_trains_compiled() -> None:
             opt.zero_grad()
             losses.append(loss.item())
         results.append(losses)
-    assert results[1] == pytest.approx(results[0], rel=1e-3)
+    assert results[1] == results[0]
     assert results[1][-1] < 0.9 * results[1][0]
 
 
@@ -241,8 +241,4 @@ def test_the_operator_is_what_the_compiler_is_told(wants_x: bool, kept: bool, mo
     grad, x = torch.randn(3, 2, WIDTH), torch.randn(3, 2, WIDTH)
     weight = (layer.qweight, layer.scales, layer.zeros)
     leaf_of = (layer._number, list(layer.leaf.shape), layer.leaf.dtype)
-    torch.library.opcheck(
-        backward._traced,
-        (grad, x if kept else None, *weight, *leaf_of, wants_x),
-        test_utils=("test_schema", "test_faketensor"),
-    )
+    torch.library.opcheck(backward._traced, (grad, x if kept else None, *weight, *leaf_of, wants_x))

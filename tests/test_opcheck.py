@@ -82,7 +82,7 @@ def test_every_op_is_checked():
     checked = {function._schema.name for _, function, _ in CASES}
     levels = {f"q_galore::{name}" for name in ("simd_level", "best_simd_level", "set_simd_level")}
     registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("q_galore::")}
-    assert checked == registered - levels
+    assert checked == registered - levels - {"q_galore::linear_backward"}  # written in Python: test_compile.py
 
 
 def test_fakes_refuse_wrong_shapes_and_devices():
