@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import q_galore_torch as qg
+from q_galore_torch.integrations import distributed
 from q_galore_torch.nn import backward, leaf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -185,6 +187,27 @@ def test_per_layer_updates_of_a_compiled_model(whole: bool) -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         losses += train(compiled, twin_opt, range(2, 12))
     handle.remove()
+    assert same(losses, eager) and same(everything(twin, twin_opt), everything(model, opt))
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+@pytest.mark.parametrize("inside", [False, True])
+def test_ddp_around_a_compiled_model_and_the_other_way_round(inside: bool) -> None:
+    model, opt = made(2)
+    eager = train(model, opt, range(8))
+    twin, twin_opt = made(2)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        distributed.prepare(twin)
+        if inside:
+            twin.compile(fullgraph=True, backend="aot_eager")
+        wrapped = nn.parallel.DistributedDataParallel(twin)
+        compiled = wrapped if inside else torch.compile(wrapped, backend="aot_eager")
+        losses = train(compiled, twin_opt, range(1))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            losses += train(compiled, twin_opt, range(1, 8))
+    finally:
+        dist.destroy_process_group()
     assert same(losses, eager) and same(everything(twin, twin_opt), everything(model, opt))
 
 
