@@ -64,13 +64,13 @@ def measured(config: LlamaConfig, rank: int, options: dict[str, Any], updates: d
     return peak.bytes
 
 
-def compared(name: str, rank: int, gap: int, modes: list[str]) -> dict[str, dict[str, float]]:
+def compared(file: str, rank: int, gap: int, modes: list[str]) -> dict[str, dict[str, float]]:
     """Predicted and measured bytes of each mode, and the difference."""
-    config = LlamaConfig.from_json(str(EXAMPLES / "configs" / f"llama_{name}.json"))
+    config = LlamaConfig.from_json(file)
     table = {}
     for mode in modes:
         options, updates = MODES[mode]
-        predicted = qg.plan_memory(name, rank, update_proj_gap=gap, **options, **updates).tracked
+        predicted = qg.plan_memory(file, rank, update_proj_gap=gap, **options, **updates).tracked
         taken = measured(config, rank, options, updates, gap)
         table[mode] = {"predicted": predicted, "measured": taken, "difference": round(predicted / taken - 1, 6)}
         print(
@@ -93,7 +93,10 @@ def main() -> None:
     for name in arguments.models:
         rank = RANKS[name]
         print(f"\n{name}, rank {rank}: predicted, measured, difference")
-        record[name] = {"rank": rank, "modes": compared(name, rank, arguments.gap, arguments.modes)}
+        record[name] = {
+            "rank": rank,
+            "modes": compared(str(EXAMPLES / "configs" / f"llama_{name}.json"), rank, arguments.gap, arguments.modes),
+        }
     if not arguments.no_save:
         timing.save("memory", record)
 

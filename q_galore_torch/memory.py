@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from q_galore_torch.nn import QGaLoreLinear, param_groups, prepare_model
+from q_galore_torch.nn.activations import keeps_input
 from q_galore_torch.nn.convert import _MARK
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.optim import QGaLoreAdamW8bit
@@ -26,7 +27,7 @@ from q_galore_torch.optim.options import PROJECTED
 from q_galore_torch.optim.state import projection_of
 from q_galore_torch.optim.update import is_low_rank
 from q_galore_torch.shapes import META, REQUIRED, LlamaShape, check_count, listed, read_shape, skeleton
-from q_galore_torch.subspace import LEFT, next_phase_step
+from q_galore_torch.subspace import next_phase_step
 
 GB = 10**9
 CLIPPING = ("global", "per_parameter", "last_norm")
@@ -424,12 +425,7 @@ def _kept_of_input(readers: list[QGaLoreLinear | None], already: int, width: int
     """
     products = 0
     for layer in readers:
-        if (
-            layer is None
-            or layer.grad_mode != "low_rank"
-            or layer.side == LEFT
-            or not getattr(layer, "save_projected", True)
-        ):
+        if layer is None or keeps_input(layer):
             return width - already
         products += layer.rank or 0
     return products if products < width else width - already

@@ -18,6 +18,8 @@ from q_galore_torch import subspace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_memory  # noqa: E402
+import bench_train  # noqa: E402
 import recorded_gradients as recorded  # noqa: E402
 import small_models  # noqa: E402
 import subspace_runs as runs  # noqa: E402
@@ -270,3 +272,35 @@ def test_the_page_has_a_place_for_every_table() -> None:
     names = ["moments", "lazy-llama", "lazy-window", "bases", "sides", *(f"recorded-{part}" for part in recorded.PARTS)]
     for name in names:
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- end of {name} -->") == 1
+
+
+# ---------------------------------------------------------------- training updates and their memory
+
+
+def test_training_contest_runs_every_contestant(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    program(bench_train.main, monkeypatch, "--quick", "--no-memory", "--rounds", 1, "--tokens", 32, "--threads", 2)
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"  {name:34s} ") == 4 for name in bench_train.CONTESTANTS)  # two models, two dtypes
+
+
+def test_memory_of_a_contestant_is_weights_gradients_and_state(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    count = 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32
+    words = ("--quick", "--models", "block", "--dtypes", "float32", "--tokens", 32, "--alone")
+    found = {}
+    for name in bench_train.CONTESTANTS:
+        program(bench_train.main, monkeypatch, *words, name)
+        found[name] = json.loads(capsys.readouterr().out)
+    positions = 2 * 4 * 256 * 16  # cosines and sines
+    assert found["AdamW(fused)"]["steady"] == 4 * 4 * count + 9 * 4 + positions  # and nine step counts
+    int8, per_layer = (found[f"low-rank, INT8 weights{kind}"] for kind in ("", ", per layer"))
+    assert per_layer["steady"] < int8["steady"] < found["low-rank, float weights"]["steady"]
+    assert all(row["steady"] <= row["largest"] < row["rss"] for row in found.values())
+    assert int8["largest"] > int8["steady"]  # the first bases' full gradients
+
+
+def test_planner_agrees_with_training(tmp_path: Path, capsys: Any) -> None:
+    shape = dict(vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    table = bench_memory.compared(str(tmp_path / "config.json"), 16, 4, list(bench_memory.MODES))
+    assert all(abs(row["difference"]) < 0.005 for row in table.values()) and len(table) == 8
+    assert capsys.readouterr().out.count(" MB") == 16
