@@ -32,6 +32,12 @@ def alive(model: nn.Module, optimizer: Optimizer) -> Iterator[Tensor]:
         yield from (value for value in state.values() if isinstance(value, Tensor))
 
 
+def arriving(model: nn.Module) -> int:
+    """Bytes of the stashes that full gradients of the running backward are about to become."""
+    bindings = [leaf.binding for leaf in model.parameters() if isinstance(leaf, ZeroLeaf)]
+    return sum(4 * g.numel() for b in bindings if b and b.stash is None for g in b._pending.values())
+
+
 class Peak:
     """The most bytes alive when any gradient arrives, and before and after any update; ``bytes`` holds them.
 
@@ -52,7 +58,7 @@ class Peak:
         self._look()
 
     def _look(self) -> None:
-        self.bytes = max(self.bytes, storages(alive(self.model, self.optimizer)))
+        self.bytes = max(self.bytes, storages(alive(self.model, self.optimizer)) + arriving(self.model))
 
     def remove(self) -> None:
         """Take the hooks away."""

@@ -97,6 +97,7 @@ class Kept:
         self.inside += change
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # a graph that held its own output would never be freed
         pointer = tensor.untyped_storage().data_ptr()
         if pointer not in self.known:
             self.alive.append(tensor)

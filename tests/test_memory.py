@@ -266,7 +266,7 @@ def test_activations_of_the_examples_model() -> None:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 kept[storage.data_ptr()] = storage
-            return tensor
+            return tensor.detach()  # a graph that held its own output would never be freed
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             model.model(torch.zeros(2, 64, dtype=torch.int64))
