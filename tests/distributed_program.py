@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import q_galore_torch as qg
+from q_galore_torch.integrations.checkpoint import LoadPlanner
 from q_galore_torch.integrations.distributed import prepare
 
 TOKENS, BATCH, LENGTH = 30, 2, 9
@@ -174,6 +184,37 @@ def unused(rank: int) -> dict[str, Any]:
     return {**everything(model, opt), "due": due}
 
 
+def load_checkpoint(folder: Path, model: nn.Module, opt: qg.QGaLoreAdamW8bit) -> None:
+    state = checkpoint_of(model, opt)
+    dcp.load(state, checkpoint_id=folder, planner=LoadPlanner())
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, opt, state["optimizer"])
+
+
+def checkpoint_of(model: nn.Module, opt: qg.QGaLoreAdamW8bit) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+
+
+def resumed(rank: int) -> dict[str, Any]:
+    """A checkpoint that all processes write, and what follows with and without an interruption."""
+    results: dict[str, Any] = {}
+    for name, first in (("straight", 0), ("resumed", 7)):
+        model = network(seed=first)
+        wrapped = DistributedDataParallel(prepare(model))
+        opt = optimizer_of(model)
+        if first:
+            load_checkpoint(Path("checkpoint"), model, opt)
+        for step in range(first, 12):
+            if step == 7 and not first:
+                dcp.save(checkpoint_of(model, opt), checkpoint_id=Path("checkpoint"))
+                results["saved"] = copy.deepcopy(everything(model, opt))
+            backward(wrapped, step, rank, 1)
+            opt.step()
+            opt.zero_grad()
+        results[name] = everything(model, opt)
+    return results
+
+
 def message_of(attempt: Callable[[], Any]) -> str:
     try:
         attempt()
@@ -306,6 +347,7 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
     """One process: every scenario in turn, its result to a file."""
     torch.set_num_threads(1)
     where = Path(folder)
+    os.chdir(where)
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{where / 'meet'}", rank=rank, world_size=world, timeout=limit)
     for name in names:
@@ -321,6 +363,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "joint": joint,
     "broken": broken,
     "unused": unused,
+    "resumed": resumed,
     "per_layer": per_layer,
     "refusals": refusals,
     "warned": warned,
