@@ -215,6 +215,16 @@ def resumed(rank: int) -> dict[str, Any]:
     return results
 
 
+def documented(rank: int) -> dict[str, Any]:
+    """The loop of docs/distributed.md as it stands there."""
+    page = Path(__file__).parent.parent / "docs" / "distributed.md"
+    loop = page.read_text().split("```python\n")[2].split("```")[0]
+    windows = [[batch_of(step, micro, rank) for micro in range(2)] for step in range(3)]
+    names: dict[str, Any] = {"model": network(seed=rank), "windows": windows, "loss_of": loss_of, "qg": qg}
+    exec(loop, {**globals(), **names}, names)
+    return everything(names["model"], names["opt"])
+
+
 def message_of(attempt: Callable[[], Any]) -> str:
     try:
         attempt()
@@ -259,11 +269,13 @@ def refusals(rank: int) -> dict[str, str]:
         qg.prepare_model(model, 2, ["0"])
         return lambda: FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=keep)
 
-    def sharded() -> None:
+    def sharded(grad_mode: str) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(network(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        model = nn.Sequential(nn.Linear(8, 8))
+        qg.prepare_model(model, 2, ["0"], grad_mode=grad_mode)
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
     def sharded_float() -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -297,7 +309,8 @@ def refusals(rank: int) -> dict[str, str]:
     attempts = {
         **{"other_format": other_format, "other_ids": other_ids, "other_seed": other_seed},
         **{"mixed_precision": mixed_precision, "fsdp1": fsdp1(False), "fsdp1_kept": fsdp1(True)},
-        **{"fully_shard": sharded, "fully_shard_float": sharded_float, "unprepared": unprepared},
+        **{"fully_shard": lambda: sharded("low_rank"), "fully_shard_float": sharded_float, "unprepared": unprepared},
+        **{"fully_shard_full": lambda: sharded("full")},
         **{"unprepared_floats": unprepared_floats, "nothing_to_prepare": nothing_to_prepare},
         **{"no_group": no_group, "per_layer": per_layer_without_wrapper},
     }
@@ -364,6 +377,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "broken": broken,
     "unused": unused,
     "resumed": resumed,
+    "documented": documented,
     "per_layer": per_layer,
     "refusals": refusals,
     "warned": warned,

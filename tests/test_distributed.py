@@ -120,6 +120,12 @@ def test_a_checkpoint_goes_on_with_the_same_bits(results: Results) -> None:
     assert differences(ranks[0]["saved"]["model"], ranks[0]["resumed"]["model"]) != []
 
 
+def test_the_documented_loop_keeps_replicas_equal(results: Results) -> None:
+    ranks = results(2, "documented")
+    assert_equal_replicas(ranks)
+    assert all(state["step"] == 3 for state in ranks[0]["optimizer"]["state"].values())
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_checkpoint_of_two_processes_loads_into_one(results: Results) -> None:
     saved = results(2, "resumed")[0]["saved"]
@@ -140,7 +146,8 @@ REFUSED = {
     r"torch.autocast$",
     "fsdp1": r"^RuntimeError: .*FSDP and fully_shard are not supported, use DistributedDataParallel$",
     "fsdp1_kept": r"^RuntimeError: FullyShardedDataParallel is not supported for 0: use DistributedDataParallel$",
-    "fully_shard": r"^RuntimeError: the zero leaf coordinates of 1 cannot be replaced by a DTensor; FSDP",
+    "fully_shard": r"^RuntimeError: the zero leaf coordinates of 0 cannot be replaced by a DTensor; FSDP",
+    "fully_shard_full": r"^RuntimeError: the zero leaf weight of 0 cannot be replaced by a DTensor; FSDP",
     "fully_shard_float": r"^ValueError: parameter 0 of group 0 .* is a DTensor: sharded parameters are not supported",
     "unprepared": r"^RuntimeError: Invalid scalar type",
     "unprepared_floats": r"^RuntimeError: 0.coordinates is in a DistributedDataParallel: call .*prepare",
