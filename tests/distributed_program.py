@@ -101,7 +101,10 @@ def everything(model: nn.Module, opt: qg.QGaLoreAdamW8bit) -> dict[str, Any]:
 def replicas(rank: int, broadcast_buffers: bool = False, steps: int = 50) -> dict[str, Any]:
     """Other initial weights and data in every process; every third update has three micro-batches."""
     model = network(seed=rank)
-    wrapped = DistributedDataParallel(prepare(model), broadcast_buffers=broadcast_buffers)
+    with Sent() as once:
+        prepare(model)
+    with Sent() as wrapping:
+        wrapped = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
     opt = optimizer_of(model)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     sent, expected = [], []
@@ -113,7 +116,8 @@ def replicas(rank: int, broadcast_buffers: bool = False, steps: int = 50) -> dic
             opt.step()
             opt.zero_grad()
         sent.append(counted.bytes)
-    return {**everything(model, opt), "sent": sent, "expected": expected}
+    at_start = {"prepare": once.bytes, "wrapping": wrapping.bytes}
+    return {**everything(model, opt), "sent": sent, "expected": expected, "at_start": at_start}
 
 
 FLOATS: dict[str, Any] = {"weight_bits": None}

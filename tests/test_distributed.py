@@ -30,6 +30,8 @@ class Results:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("OMP_NUM_THREADS", "1")
                 torch.multiprocessing.spawn(program.run, (world, str(folder), NAMES[world]), nprocs=world)
+            (folder / "complete").touch()
+        assert (self.folders[world] / "complete").exists(), "the processes failed, as an earlier test shows"
         return [torch.load(self.folders[world] / f"{name}.{rank}.pt", weights_only=True) for rank in range(world)]
 
 
@@ -64,9 +66,14 @@ def test_replicas_are_bit_identical(results: Results, world: int) -> None:
 def test_only_gradients_are_sent(results: Results, world: int, name: str) -> None:
     """Each update reduces R, the gradients of the rest, and the full gradients of the due layers, once.
 
-    The optimizers are compared at the first step, and DDP agrees on its buckets in the second forward.
+    Codes go out in prepare() and never again. The optimizers are compared at the first step, and DDP agrees on its
+    buckets in the second forward.
     """
     for rank in results(world, name):
+        stored = [value for key, value in rank["model"].items() if key.endswith((".qweight", ".scales", ".zeros"))]
+        assert rank["at_start"]["prepare"]["broadcast_"] == sum(value.nbytes for value in stored) > 0
+        # DDP's own: parameters, the zeros of leaves included, and their shapes.
+        assert 0 <= rank["at_start"]["wrapping"]["broadcast_"] - min(rank["expected"]) < 500
         assert [sent["allreduce_"] for sent in rank["sent"]] == rank["expected"]
         assert len(set(rank["expected"])) > 2
         assert [set(sent) - {"allreduce_"} for sent in rank["sent"][:3]] == [{"allgather_"}, {"broadcast_"}, set()]
