@@ -188,6 +188,24 @@ def unused(rank: int) -> dict[str, Any]:
     return {**everything(model, opt), "due": due}
 
 
+def scaled(rank: int) -> dict[str, Any]:
+    """float16 with a GradScaler; rank 1 overflows in two updates, which every process skips."""
+    model = network()
+    wrapped = DistributedDataParallel(prepare(model), broadcast_buffers=False)
+    opt = optimizer_of(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scales = []
+    for step in range(10):
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(wrapped, batch_of(step, 0, rank))
+        scaler.scale(loss * (1e30 if rank == 1 and step in (3, 5) else 1.0)).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        scales.append(scaler.get_scale())
+    return {**everything(model, opt), "scales": scales}
+
+
 def load_checkpoint(folder: Path, model: nn.Module, opt: qg.QGaLoreAdamW8bit) -> None:
     state = checkpoint_of(model, opt)
     dcp.load(state, checkpoint_id=folder, planner=LoadPlanner())
@@ -380,6 +398,7 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "joint": joint,
     "broken": broken,
     "unused": unused,
+    "scaled": scaled,
     "resumed": resumed,
     "documented": documented,
     "per_layer": per_layer,

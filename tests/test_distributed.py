@@ -118,6 +118,14 @@ def test_a_process_without_a_gradient_sends_zeros(results: Results) -> None:
     assert any(any(due) for due in ranks[0]["due"][1::2])
 
 
+def test_an_overflow_in_one_process_skips_the_update_of_all(results: Results) -> None:
+    ranks = results(2, "scaled")
+    assert_equal_replicas(ranks)
+    for rank in ranks:
+        assert rank["scales"] == [1024.0] * 3 + [512.0] * 2 + [256.0] * 5
+        assert {state["step"] for state in rank["optimizer"]["state"].values()} == {8}
+
+
 def test_a_checkpoint_goes_on_with_the_same_bits(results: Results) -> None:
     ranks = results(2, "resumed")
     for rank in ranks:
