@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _MixedPrecision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import q_galore_torch as qg
+from q_galore_torch.integrations.checkpoint import LoadPlanner
 from q_galore_torch.integrations.distributed import prepare
 
 TOKENS, BATCH, LENGTH = 30, 2, 9
@@ -91,7 +101,10 @@ def everything(model: nn.Module, opt: qg.QGaLoreAdamW8bit) -> dict[str, Any]:
 def replicas(rank: int, broadcast_buffers: bool = False, steps: int = 50) -> dict[str, Any]:
     """Other initial weights and data in every process; every third update has three micro-batches."""
     model = network(seed=rank)
-    wrapped = DistributedDataParallel(prepare(model), broadcast_buffers=broadcast_buffers)
+    with Sent() as once:
+        prepare(model)
+    with Sent() as wrapping:
+        wrapped = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
     opt = optimizer_of(model)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     sent, expected = [], []
@@ -103,7 +116,8 @@ def replicas(rank: int, broadcast_buffers: bool = False, steps: int = 50) -> dic
             opt.step()
             opt.zero_grad()
         sent.append(counted.bytes)
-    return {**everything(model, opt), "sent": sent, "expected": expected}
+    at_start = {"prepare": once.bytes, "wrapping": wrapping.bytes}
+    return {**everything(model, opt), "sent": sent, "expected": expected, "at_start": at_start}
 
 
 FLOATS: dict[str, Any] = {"weight_bits": None}
@@ -174,6 +188,65 @@ def unused(rank: int) -> dict[str, Any]:
     return {**everything(model, opt), "due": due}
 
 
+def scaled(rank: int) -> dict[str, Any]:
+    """float16 with a GradScaler; rank 1 overflows in two updates, which every process skips."""
+    model = network()
+    wrapped = DistributedDataParallel(prepare(model), broadcast_buffers=False)
+    opt = optimizer_of(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scales = []
+    for step in range(10):
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(wrapped, batch_of(step, 0, rank))
+        scaler.scale(loss * (1e30 if rank == 1 and step in (3, 5) else 1.0)).backward()
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        scales.append(scaler.get_scale())
+    return {**everything(model, opt), "scales": scales}
+
+
+def load_checkpoint(folder: Path, model: nn.Module, opt: qg.QGaLoreAdamW8bit) -> None:
+    state = checkpoint_of(model, opt)
+    dcp.load(state, checkpoint_id=folder, planner=LoadPlanner())
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, opt, state["optimizer"])
+
+
+def checkpoint_of(model: nn.Module, opt: qg.QGaLoreAdamW8bit) -> dict[str, Any]:
+    return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+
+
+def resumed(rank: int) -> dict[str, Any]:
+    """A checkpoint that all processes write, and what follows with and without an interruption."""
+    results: dict[str, Any] = {}
+    for name, first in (("straight", 0), ("resumed", 7)):
+        model = network(seed=first)
+        wrapped = DistributedDataParallel(prepare(model))
+        opt = optimizer_of(model)
+        if first:
+            load_checkpoint(Path("checkpoint"), model, opt)
+        for step in range(first, 12):
+            if step == 7 and not first:
+                dcp.save(checkpoint_of(model, opt), checkpoint_id=Path("checkpoint"))
+                results["saved"] = copy.deepcopy(everything(model, opt))
+            backward(wrapped, step, rank, 1)
+            opt.step()
+            opt.zero_grad()
+        results[name] = everything(model, opt)
+    return results
+
+
+def documented(rank: int) -> dict[str, Any]:
+    """The loop of docs/distributed.md as it stands there."""
+    page = Path(__file__).parent.parent / "docs" / "distributed.md"
+    loop = page.read_text().split("```python\n")[2].split("```")[0]
+    windows = [[batch_of(step, micro, rank) for micro in range(2)] for step in range(3)]
+    names: dict[str, Any] = {"model": network(seed=rank), "windows": windows, "loss_of": loss_of, "qg": qg}
+    exec(loop, {**globals(), **names}, names)
+    return everything(names["model"], names["opt"])
+
+
 def message_of(attempt: Callable[[], Any]) -> str:
     try:
         attempt()
@@ -218,11 +291,13 @@ def refusals(rank: int) -> dict[str, str]:
         qg.prepare_model(model, 2, ["0"])
         return lambda: FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=keep)
 
-    def sharded() -> None:
+    def sharded(grad_mode: str) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        fully_shard(network(), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        model = nn.Sequential(nn.Linear(8, 8))
+        qg.prepare_model(model, 2, ["0"], grad_mode=grad_mode)
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
 
     def sharded_float() -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -256,7 +331,8 @@ def refusals(rank: int) -> dict[str, str]:
     attempts = {
         **{"other_format": other_format, "other_ids": other_ids, "other_seed": other_seed},
         **{"mixed_precision": mixed_precision, "fsdp1": fsdp1(False), "fsdp1_kept": fsdp1(True)},
-        **{"fully_shard": sharded, "fully_shard_float": sharded_float, "unprepared": unprepared},
+        **{"fully_shard": lambda: sharded("low_rank"), "fully_shard_float": sharded_float, "unprepared": unprepared},
+        **{"fully_shard_full": lambda: sharded("full")},
         **{"unprepared_floats": unprepared_floats, "nothing_to_prepare": nothing_to_prepare},
         **{"no_group": no_group, "per_layer": per_layer_without_wrapper},
     }
@@ -306,6 +382,7 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
     """One process: every scenario in turn, its result to a file."""
     torch.set_num_threads(1)
     where = Path(folder)
+    os.chdir(where)
     limit = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{where / 'meet'}", rank=rank, world_size=world, timeout=limit)
     for name in names:
@@ -321,6 +398,9 @@ SCENARIOS: dict[str, Callable[[int], Any]] = {
     "joint": joint,
     "broken": broken,
     "unused": unused,
+    "scaled": scaled,
+    "resumed": resumed,
+    "documented": documented,
     "per_layer": per_layer,
     "refusals": refusals,
     "warned": warned,

@@ -289,7 +289,7 @@ def refuse_parameter(parameter: Tensor, target: Target, group: dict[str, Any], n
     """Raise ValueError naming a parameter that cannot be optimised as its group asks."""
     weight = target.weight
     if type(parameter).__name__ == "DTensor":
-        raise ValueError(f"{name} is a DTensor: sharded parameters are not supported")
+        raise ValueError(f"{name} is a DTensor: sharded parameters are not supported, use DistributedDataParallel")
     if not target.int8 and weight.dtype not in _FLOATS:
         raise ValueError(f"{name} must be float32, bfloat16 or float16, got {weight.dtype}")
     if weight.layout != torch.strided:
