@@ -218,6 +218,27 @@ def test_passes_without_accumulation_are_no_passes() -> None:
     assert same(*results)
 
 
+def test_a_pass_inside_of_a_forward_is_an_ordinary_one() -> None:
+    """As of an autograd function that trains something in its forward; it was taken for reentrant checkpointing."""
+    model, optimizer = build()
+    enable_per_layer(optimizer)
+
+    class Trains(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                losses_of(model, 0)[0].backward()
+            optimizer.step()
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return gradients[0] * 2
+
+    Trains.apply(torch.ones(2, requires_grad=True)).sum().backward()
+    assert optimizer.state[model.embed.weight]["step"] == 1
+
+
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
 def test_updates_inside_of_an_autocast_block(cast: torch.dtype) -> None:
     """backward() is called in it, and with it every update; rotated moments must not be rounded."""

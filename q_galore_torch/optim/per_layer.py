@@ -369,7 +369,9 @@ def _inside_backward() -> bool:
     frame = sys._getframe()
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "apply" and code.co_filename.endswith("function.py") and "autograd" in code.co_filename:
+        # BackwardCFunction's methods; the ``apply`` of a forward is a class method.
+        node = code.co_name in ("apply", "apply_boxed") and code.co_varnames[:1] == ("self",)
+        if node and code.co_filename.endswith("function.py") and "autograd" in code.co_filename:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
