@@ -68,6 +68,10 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
+def refreshes(opt: qg.QGaLoreAdamW8bit) -> list[int]:
+    return [entry["refreshes"] for entry in opt.telemetry() if "refreshes" in entry]
+
+
 def train(model: nn.Sequential, opt: qg.QGaLoreAdamW8bit, first: int, last: int, parts: int = 1) -> None:
     for step in range(first, last):
         for x in batch(step).chunk(parts):
@@ -84,7 +88,9 @@ def train(model: nn.Sequential, opt: qg.QGaLoreAdamW8bit, first: int, last: int,
 def test_r_and_the_stash_are_those_of_the_summed_gradient(bits: int | None, proj_type: str) -> None:
     model = layers(bits, proj_type=proj_type)
     opt = optimizer(model)
-    model[0].leaf.binding.due, model[1].leaf.binding.due = True, False
+    train(model, opt, 0, 1)
+    assert refreshes(opt) == [1, 0, 1]  # so that the second layer is due, and the first is not
+    assert model[0].leaf.binding.projects == (proj_type != "left")  # it keeps X P^T in place of X
     inputs = list(batch(0).split([5, 1, 4, 2]))
     expected = in_float64(model, inputs)
     for x in inputs:
@@ -96,10 +102,10 @@ def test_r_and_the_stash_are_those_of_the_summed_gradient(bits: int | None, proj
         if proj_type == "full":
             projected = projected @ binding.right_basis(torch.float32).double().t()
         assert layer.leaf.grad.dtype == torch.float32 and relative(layer.leaf.grad, projected) < 5e-6
-    assert relative(model[0].leaf.binding.stash, expected[0]) < 5e-6 and model[1].leaf.binding.stash is None
+    assert relative(model[1].leaf.binding.stash, expected[1]) < 5e-6 and model[0].leaf.binding.stash is None
     assert relative(model[2].weight.grad, expected[2]) < 5e-6
     opt.step()
-    assert [entry["refreshes"] for entry in opt.telemetry() if "refreshes" in entry] == [1, 0, 1]
+    assert refreshes(opt)[:2] == [1, 1]
 
 
 @pytest.mark.parametrize("parts", [2, 6])

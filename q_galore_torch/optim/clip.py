@@ -38,6 +38,17 @@ def clip_grad_norm_(optimizer: Optimizer, max_norm: float, error_if_nonfinite: b
         raise RuntimeError("per-layer updates clip by themselves: give max_grad_norm to enable_per_layer")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, error_if_nonfinite=error_if_nonfinite)
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.where(norm.isfinite(), norm, 0.0))
+    norm = total_norm(gradients, error_if_nonfinite)
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, finite_or_zero(norm))
     return norm
+
+
+def total_norm(gradients: list[Tensor], error_if_nonfinite: bool = False) -> Tensor:
+    """As ``torch.nn.utils.get_total_norm``, but of float16 gradients in float32: their norm often is over 65504."""
+    wide = [torch.linalg.vector_norm(g, dtype=torch.float32) if g.dtype == torch.float16 else g for g in gradients]
+    return torch.nn.utils.get_total_norm(wide, error_if_nonfinite=error_if_nonfinite)
+
+
+def finite_or_zero(norm: Tensor) -> Tensor:
+    """A norm by which nothing is scaled where it is not finite."""
+    return torch.where(norm.isfinite(), norm, 0.0)

@@ -185,9 +185,12 @@ class QGaLoreAdamW8bit(Optimizer):
         """Lend the projectors to the layers, and tell them what is due."""
         for parameter, _, group in self._parameters():
             if is_low_rank(parameter):
-                if parameter.binding is not None:
-                    parameter.binding.drop()
-                parameter.binding = Binding(self.state[parameter], group)
+                binding, state = parameter.binding, self.state[parameter]
+                if binding is not None and binding.lends(state):
+                    continue  # with what it has summed since the last step
+                if binding is not None:
+                    binding.drop()
+                parameter.binding = Binding(state, group)
         self._mark_due()
         self._agreed = False
 
@@ -275,9 +278,20 @@ class QGaLoreAdamW8bit(Optimizer):
         gradient = checked_gradient(parameter, name, shapes, target.low_rank)
         return Work(parameter, name, group, state, target, gradient, shapes)
 
-    def _apply(self, work: list[Work], clip: Callable[[list[Work]], None] | None = None) -> None:
-        """One update of some parameters; ``clip`` scales the finite gradients in place before they are used."""
-        work, sizes = keep_finite(work)
+    def _apply(
+        self,
+        work: list[Work],
+        clip: Callable[[list[Work]], None] | None = None,
+        refused: str = "nothing was updated",
+    ) -> None:
+        """One update of some parameters; ``clip`` scales the finite gradients in place before they are used.
+
+        Args:
+            work: what is updated.
+            clip: called with those whose gradients are finite.
+            refused: what the error of a gradient that is not finite says of the others.
+        """
+        work, sizes = keep_finite(work, refused)
         if clip is not None:
             clip(work)
         for item, size in zip(work, sizes, strict=True):

@@ -22,10 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from q_galore_torch.integrations.distributed import wrapper_of
+from q_galore_torch.optim.clip import finite_or_zero, total_norm
 from q_galore_torch.optim.galore_adamw import QGaLoreAdamW8bit
 from q_galore_torch.optim.update import Work, is_low_rank
 
 _CLIPS = ("global", "per_parameter", "last_norm")
+_PARTLY = "what the backward pass had reached before it was updated; call abort_window() of the per-layer handle"
 _EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
@@ -178,7 +180,7 @@ class PerLayer:
             return
         self._updating = True
         optimizer = self._owner()
-        optimizer._apply([optimizer._work(*self._places[id(parameter)])], self._clip_each)
+        optimizer._apply([optimizer._work(*self._places[id(parameter)])], self._clip_each, _PARTLY)
         parameter.grad = None
 
     def _enter(self) -> None:
@@ -203,10 +205,10 @@ class PerLayer:
         if not self._checked_ddp:
             self._refuse_unknown_ddp()
             self._checked_ddp = True
+        self._task = task  # first, so that step() refuses a pass that ends here
         optimizer = self._owner()
         optimizer._prepare()
         self._places = {id(entry[0]): entry for entry in optimizer._parameters()}
-        self._task = task
         torch.autograd.Variable._execution_engine.queue_callback(self._leave)
 
     def _leave(self) -> None:
@@ -223,7 +225,7 @@ class PerLayer:
     def _clip_each(self, work: list[Work]) -> None:
         """Measure single gradients, and scale each by what is known before the others are."""
         for item in work:
-            norm = torch.nn.utils.get_total_norm([item.gradient])
+            norm = total_norm([item.gradient])
             self._norms.append(norm)
             if self.max_grad_norm is not None:
                 if self.clip == "last_norm":
@@ -234,7 +236,7 @@ class PerLayer:
         """Measure all gradients of the window, and scale them together."""
         if not work:
             return
-        norm = torch.nn.utils.get_total_norm([item.gradient for item in work])
+        norm = total_norm([item.gradient for item in work])
         self._norms.append(norm)
         if self.max_grad_norm is not None:
             _scale(work, norm, self.max_grad_norm)
@@ -267,14 +269,19 @@ class PerLayer:
         optimizer._prepare()
         work = optimizer._collect()
         together = self._deferred and self.clip == "global"
-        optimizer._apply(work, self._clip_all if together else self._clip_each)
+        clip = self._clip_all if together else self._clip_each
+        optimizer._apply(work, clip, _PARTLY if self._updating else "nothing was updated")
         for item in work:
             item.parameter.grad = None
-        self.grad_norm = torch.nn.utils.get_total_norm(self._norms).item()
-        for group in optimizer.param_groups:
-            group["last_grad_norm"] = self.grad_norm
+        if self._norms:  # else nothing was updated
+            self.grad_norm = torch.nn.utils.get_total_norm(self._norms).item()
+            self._remember(optimizer, self.grad_norm if math.isfinite(self.grad_norm) else 0.0)
         self._reset()
         self._attach()
+
+    def _remember(self, optimizer: QGaLoreAdamW8bit, norm: float) -> None:
+        for group in optimizer.param_groups:
+            group["last_grad_norm"] = norm
 
     def restart(self) -> None:
         """The optimizer's ``zero_grad()``: the window begins again, unless parameters have been updated in it."""
@@ -305,6 +312,7 @@ class PerLayer:
         for _, handle in self._hooks.values():
             handle.remove()
         self._hooks.clear()
+        self._remember(optimizer, 0.0)  # no update that comes later is the one after the last of these
         optimizer._per_layer = None
         del optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
 
@@ -345,13 +353,13 @@ class _Hook:
 
     def __call__(self, parameter: Tensor) -> None:
         handle = self.handle()
-        if handle is not None:
+        if handle is not None and handle._optimizer() is not None:
             handle.on_gradient(parameter)
 
 
 def _scale(work: list[Work], norm: Tensor, largest: float) -> None:
     """Scale gradients as ``torch.nn.utils.clip_grad_norm_`` does."""
-    factor = torch.clamp(largest / (norm + _EPS), max=1.0)
+    factor = torch.clamp(largest / (finite_or_zero(norm) + _EPS), max=1.0)
     for item in work:
         item.gradient.mul_(factor.to(item.gradient.device))
 
@@ -361,7 +369,9 @@ def _inside_backward() -> bool:
     frame = sys._getframe()
     while frame is not None:
         code = frame.f_code
-        if code.co_name == "apply" and code.co_filename.endswith("function.py") and "autograd" in code.co_filename:
+        # BackwardCFunction's methods; the ``apply`` of a forward is a class method.
+        node = code.co_name in ("apply", "apply_boxed") and code.co_varnames[:1] == ("self",)
+        if node and code.co_filename.endswith("function.py") and "autograd" in code.co_filename:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False

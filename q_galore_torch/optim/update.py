@@ -22,7 +22,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient holds a NaN, an infinity or a value whose square overflows; nothing was updated."""
+    """A gradient holds a NaN, an infinity or a value whose square overflows; it was not used."""
 
 
 class Work(NamedTuple):
@@ -59,8 +59,12 @@ def checked_gradient(parameter: Tensor, name: str, shapes: Projection | None, lo
     return gradient if shapes is None or low_rank else gradient.view(shapes.rows, shapes.cols)
 
 
-def keep_finite(work: list[Work]) -> tuple[list[Work], list[float]]:
+def keep_finite(work: list[Work], outcome: str) -> tuple[list[Work], list[float]]:
     """The parameters whose gradients are finite and small enough to square, and the largest entry of each.
+
+    Args:
+        work: what is to be updated.
+        outcome: what an error means for the update as a whole.
 
     Raises:
         NonFiniteGradientError: under ``nonfinite="raise"``, naming the parameter.
@@ -79,7 +83,7 @@ def keep_finite(work: list[Work]) -> tuple[list[Work], list[float]]:
             item.parameter.binding.drop()
         what = "is not finite" if size == math.inf else f"has an entry of size {size:g}, over {limit:g}"
         if item.group["nonfinite"] == "raise":
-            raise NonFiniteGradientError(f"the gradient of {item.name} {what}; nothing was updated")
+            raise NonFiniteGradientError(f"the gradient of {item.name} {what}; {outcome}")
         _log.warning("the gradient of %s %s: left alone in this step", item.name, what)
     return kept, sizes
 
