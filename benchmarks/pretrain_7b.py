@@ -30,7 +30,7 @@ PUBLISHED_PEAK = 15.26  # GB on a GPU at batch size 16, as the public code's REA
 
 FLAGS = """--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant --rank 1024
     --activation_checkpointing --batch_size 1 --max_length 256 --gradient_accumulation 1 --dtype bfloat16
-    --lr 0.0005 --scheduler constant --warmup_steps 0 --galore_scale 0.25 --update_proj_gap 500
+    --lr 0.0002 --scheduler constant --warmup_steps 0 --galore_scale 0.25 --update_proj_gap 500
     --eval_tokens 512 --log_every 1 --unset_wandb""".split()
 PARTS = (
     "build_model", "load_corpus", "prepare", "build_optimizer", "load_training_state", "load_model", "save_checkpoint",
