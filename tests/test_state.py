@@ -7,6 +7,7 @@ import io
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -393,3 +394,22 @@ def test_a_low_rank_leaf_belongs_to_the_last_optimizer() -> None:
     old.load_state_dict(new.state_dict())  # takes the layer back
     model(torch.randn(8, 24)).square().sum().backward()
     old.step()
+
+
+def test_loading_replaces_states_one_by_one() -> None:
+    """When a saved state is asked for to be copied, the old ones of all parameters before it are gone."""
+    model, opt = build(torch.float32)
+    train(model, opt, 0, 3)
+    given = saved(model, opt)["optimizer"]
+    old = [weakref.ref(state["exp_avg"]) for state in opt.state.values()]
+    alive: list[int] = []
+
+    class Watched(dict[int, Any]):
+        def __getitem__(self, key: int) -> Any:
+            alive.append(sum(tensor() is not None for tensor in old))
+            return super().__getitem__(key)
+
+    opt.load_state_dict({**given, "state": Watched(given["state"])})
+    count = len(old)
+    assert alive == [count] * count + list(range(count, 0, -1))  # all are checked first
+    assert not differences(opt.state_dict(), given)

@@ -24,7 +24,7 @@ from .report import tensor_bytes, tensors_in
 
 FORMAT = 1
 # Pages of a mapped file that were read count as the process's memory until the mapping is gone.
-READ_AT_ONCE = 2**28
+READ_AT_ONCE = 2**27
 
 
 def save_checkpoint(run: Path, step: int, model: nn.Module, state: dict[str, Any]) -> Path:
@@ -141,20 +141,24 @@ class _MappedFile:
 
 
 class _ReadOnDemand(dict[Any, Any]):
-    """A dict in a mapped file whose values are copied out of it when they are asked for, and not kept."""
+    """A dict in a mapped file, whose values are not kept.
+
+    By key one gets what is in the mapping, for our optimizers, which copy it; in a loop copies, since torch's own
+    optimizers keep what they get.
+    """
 
     def __init__(self, file: _MappedFile, keys: tuple[Any, ...]) -> None:
         super().__init__(dict.fromkeys(_lookup(file.get(), keys)))
         self._file, self._keys = file, keys
 
     def __getitem__(self, key: Any) -> Any:
-        return _copied(self._file.get(*self._keys, key))
+        return self._file.get(*self._keys, key)
 
     def items(self) -> Iterator[tuple[Any, Any]]:  # type: ignore[override]
-        return ((key, self[key]) for key in self)
+        return ((key, _copied(self[key])) for key in self)
 
     def values(self) -> Iterator[Any]:  # type: ignore[override]
-        return (self[key] for key in self)
+        return (value for _, value in self.items())
 
 
 def _lookup(value: Any, keys: tuple[Any, ...]) -> Any:

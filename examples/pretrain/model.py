@@ -260,8 +260,9 @@ def checkpoint_activations(model: nn.Module) -> None:
     """Keep only the inputs of the decoder layers for the backward pass, which runs each layer once more."""
     if isinstance(model, LlamaForCausalLM):
         model.model.checkpointing = True
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -381,21 +381,24 @@ class QGaLoreAdamW8bit(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        groups, states = self._loaded(state_dict)
-        self.state.clear()
-        self.state.update(states)
+        groups, sources = self._checked(state_dict)
+        for parameter, key, device in sources:  # one by one: two copies of all would not fit beside a large model
+            if is_low_rank(parameter) and parameter.binding is not None:
+                parameter.binding.drop()
+                parameter.binding = None  # it holds the state that is replaced
+            self.state[parameter] = placed(state_dict["state"][key], device)
         self.param_groups[:] = groups
         self._bind()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _loaded(self, state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
-        """New groups and states from a state dict, after checking all of it."""
+    def _checked(self, state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tuple[Any, Any, torch.device]]]:
+        """New groups from a state dict, and where each state is found and goes, after checking all of it."""
         saved_groups = checked_groups(state_dict)
         have, got = ([len(g["params"]) for g in groups] for groups in (self.param_groups, saved_groups))
         if have != got:
             raise ValueError(f"the saved groups have {got} parameters, this optimizer's {have}")
-        groups, states = [], {}
+        groups, sources = [], []
         for index, (own, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             kept: dict[str, Any] = {key: own[key] for key in ("params", "param_names") if key in own}
             options_of: dict[str, Any] = {key: value for key, value in saved.items() if key != "params"}
@@ -420,8 +423,8 @@ class QGaLoreAdamW8bit(Optimizer):
                     target, group, id=0, number=0, min_8bit_size=group["min_8bit_size"], device=torch.device("meta")
                 )
                 checked_state(entry, template, name)
-                states[parameter] = placed(entry, target.weight.device)
-        return groups, states
+                sources.append((parameter, key, target.weight.device))
+        return groups, sources
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._ready = True
