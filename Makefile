@@ -56,6 +56,8 @@ bench: $(STAMPS)/plot $(STAMPS)/built
 	$(PY) benchmarks/bench_kernels.py
 	$(PY) benchmarks/bench_step.py
 	$(PY) benchmarks/bench_refresh.py
+	$(PY) benchmarks/bench_memory.py
+	$(PY) benchmarks/bench_train.py
 	$(PY) benchmarks/projector_error.py
 
 ctest:

@@ -26,7 +26,8 @@ report    draw loss and subspaces from the log of a run (its folder, or its log.
 plan      print the bytes that training will take, in GB of 10**9, and with --gpu-memory which ways to train fit; CONFIG
           is 60m, 130m, 350m, 1b, 7b or a Hugging Face style JSON file. More options: --batch B --tokens N (a sequence)
           --per-layer --accumulation K --clipping global|per_parameter|last_norm --activation-checkpointing
-          --dtype D --grad-dtype D --weight-bits 8|none --proj-format F --proj-type T --moments-dtype D"""
+          --dtype D --grad-dtype D --weight-bits 8|none --proj-format F --proj-type T --update-proj-gap N
+          --moments-dtype D"""
 
 
 def _cuda() -> tuple[bool, str]:
@@ -93,7 +94,7 @@ def _plan(words: list[str]) -> None:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--gpu-memory", type=float, default=None)
-    for name in ("--batch", "--tokens", "--accumulation"):
+    for name in ("--batch", "--tokens", "--accumulation", "--update-proj-gap"):
         parser.add_argument(name, type=int)
     for name in ("--per-layer", "--activation-checkpointing"):
         parser.add_argument(name, action="store_true")

@@ -147,8 +147,8 @@ def plan_memory(
         tokens: of a sequence, default 256.
         per_layer: updates in the gradient hooks, default False.
         accumulation: micro-batches in an update, default 1.
-        clipping: how per-layer updates clip: None (default, not at all), ``"global"``, ``"per_parameter"`` or
-            ``"last_norm"``. Elsewhere clipping costs nothing.
+        clipping: None (default), ``"global"``, or with per-layer updates ``"per_parameter"`` or ``"last_norm"``.
+            Ordinary updates keep all gradients anyway, so clipping costs nothing there.
         activation_checkpointing: each decoder layer keeps its input alone and runs again in the backward.
         dtype: of what is not quantised, for a config: ``"bfloat16"`` (default), ``"float32"`` or ``"float16"``.
         options: of :func:`prepare_model`, of :class:`QGaLoreAdamW8bit` and of its projected group, by their names.
@@ -166,9 +166,9 @@ def plan_memory(
     """
     for name, value in (("batch", batch), ("tokens", tokens), ("accumulation", accumulation)):
         check_count(name, value)
-    if clipping is not None and (clipping not in CLIPPING or not per_layer):
-        needed = f"None or one of {listed(CLIPPING)}" if per_layer else "None without per_layer=True"
-        raise ValueError(f"clipping must be {needed}, got {clipping!r}")
+    allowed = (None, *CLIPPING) if per_layer else (None, "global")
+    if clipping not in allowed:
+        raise ValueError(f"clipping must be one of {listed(allowed)} with per_layer={per_layer}, got {clipping!r}")
     shapes, shape = _shapes(model, dtype)
     given = _sorted_options(options)
     if _is_prepared(shapes):
@@ -180,7 +180,7 @@ def plan_memory(
         prepare_model(shapes, rank, **given.prepare)
     optimizer = QGaLoreAdamW8bit(param_groups(shapes, rank, **given.group), **given.constructor)
     parameters = _parameters(optimizer)
-    if clipping == "global" and any(p.first is not None and not p.low_rank for p in parameters):
+    if per_layer and clipping == "global" and any(p.first is not None and not p.low_rank for p in parameters):
         raise ValueError("clipping='global' refuses projected parameters with full gradients: see enable_per_layer")
     moments = _moments_in_time(parameters, not per_layer or accumulation > 1 or clipping == "global")
     fixed = {**_model_bytes(shapes), **_state_bytes(optimizer)}

@@ -138,7 +138,7 @@ def test_ordinary_updates_take_what_was_planned(mode: str) -> None:
 
 def test_accumulation_takes_no_more_than_one_micro_batch() -> None:
     planned = plan_memory(TINY, 16, accumulation=3, **GROUP)
-    assert planned == plan_memory(TINY, 16, **GROUP)
+    assert planned == plan_memory(TINY, 16, **GROUP) == plan_memory(TINY, 16, clipping="global", **GROUP)
     assert trained(*built("bfloat16"), micro_batches=3) == pytest.approx(planned.tracked, rel=FEW)
 
 
@@ -237,6 +237,15 @@ def test_module_counts_as_its_config_and_is_left_alone() -> None:
     assert plan_memory(model) == plan_memory(model, 16) == found
     assert [leaf.binding for leaf in leaves] == bindings  # the layers still are lent this optimizer's projectors
     assert len(optimizer.state) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("mode", ["float weights", "full gradients, INT8", "full gradients, floats", "both sides"])
+def test_prepared_module_counts_as_its_config(mode: str) -> None:
+    options = MODES[mode]
+    model = qg.prepare_model(Model(TINY).to(torch.bfloat16), 16, **options)
+    leaves = {name: (p, type(p)) for name, p in model.named_parameters()}
+    assert plan_memory(model).tracked == plan_memory(TINY, 16, **options).tracked
+    assert {name: (p, type(p)) for name, p in model.named_parameters()} == leaves
 
 
 def test_frozen_and_shared_weights_count_once() -> None:
@@ -373,8 +382,8 @@ def test_command_prints_the_plan_and_what_fits(capsys: pytest.CaptureFixture[str
         ({"batch": 0}, r"batch must be an integer >= 1, got 0"),
         ({"tokens": 1.5}, r"tokens must be an integer >= 1, got 1.5"),
         ({"accumulation": True}, r"accumulation must be an integer >= 1, got True"),
-        ({"clipping": "global"}, r"clipping must be None without per_layer=True, got 'global'"),
-        ({"clipping": "norm", "per_layer": True}, r"clipping must be None or one of 'global', .*, got 'norm'"),
+        ({"clipping": "last_norm"}, r"clipping must be one of None, 'global' with per_layer=False, got 'last_norm'"),
+        ({"clipping": "norm", "per_layer": True}, r"clipping must be one of None, 'global', .*, got 'norm'"),
         (
             {"clipping": "global", "per_layer": True, "grad_mode": "full"},
             r"clipping='global' refuses projected parameters",
