@@ -357,6 +357,24 @@ def test_passes_that_accumulate_nothing_add_nothing_to_the_stash(kind: str, plac
     opt.step()
 
 
+def test_loading_a_state_inside_a_window_drops_r_of_the_bases_before() -> None:
+    """step() took the coordinates in one basis for those in another."""
+    model = layers()
+    opt = optimizer(model)
+    train(model, opt, 0, 3)
+    saved = copy.deepcopy(opt.state_dict())
+    train(model, opt, 3, 8)
+    loss_of(model, batch(8)).backward()
+    opt.load_state_dict(saved)
+    weights = [layer.weight.detach().clone() for layer in model]
+    opt.step()
+    assert [torch.equal(old, layer.weight) for old, layer in zip(weights, model, strict=True)] == [True, True, False]
+    assert [opt.state[layer.leaf]["step"] for layer in model[:2]] == [3, 3]
+    loss_of(model, batch(9)).backward()
+    opt.step()
+    assert not torch.equal(weights[0], model[0].weight) and opt.state[model[0].leaf]["step"] == 4
+
+
 def test_two_passes_over_one_graph_count_twice() -> None:
     model = layers()
     optimizer(model)

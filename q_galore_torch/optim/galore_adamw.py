@@ -367,6 +367,8 @@ class QGaLoreAdamW8bit(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; every tensor keeps its own dtype (torch's method casts them to the parameter's).
 
+        Low-rank layers lose their gradients, which are coordinates in the bases that are replaced.
+
         Args:
             state_dict: from :meth:`state_dict` of an optimizer with the same parameters in the same groups.
 
@@ -386,6 +388,7 @@ class QGaLoreAdamW8bit(Optimizer):
             if is_low_rank(parameter) and parameter.binding is not None:
                 parameter.binding.drop()
                 parameter.binding = None  # it holds the state that is replaced
+                parameter.grad = None  # R of the basis that is replaced
             self.state[parameter] = placed(state_dict["state"][key], device)
         self.param_groups[:] = groups
         self._bind()
