@@ -48,14 +48,9 @@ class Peak:
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.model, self.optimizer, self.bytes = model, optimizer, 0
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._hooks = [p.register_post_accumulate_grad_hook(self._look_at) for p in trained]
+        self._hooks = [p.register_post_accumulate_grad_hook(lambda _: self._look()) for p in trained]
         self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._look()))
         self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._look()))
-
-    def _look_at(self, parameter: Tensor) -> None:
-        if isinstance(parameter, ZeroLeaf) and parameter.binding is not None:
-            parameter.binding.settle()  # the stash takes this pass's gradient now, not in the next hook
-        self._look()
 
     def _look(self) -> None:
         self.bytes = max(self.bytes, storages(alive(self.model, self.optimizer)) + arriving(self.model))

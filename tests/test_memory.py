@@ -21,7 +21,8 @@ from q_galore_torch.memory import MemoryPlan, plan_memory, what_fits
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.shapes import read_shape
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 from live_memory import Peak  # noqa: E402
 
 TINY = dict(vocab_size=320, hidden_size=96, intermediate_size=260, num_hidden_layers=2, num_attention_heads=4)
@@ -261,31 +262,42 @@ def test_frozen_and_shared_weights_count_once() -> None:
     assert tied.moments - frozen.moments == 2 * (numbers + 4 * numbers // 256)
 
 
-def test_activations_of_the_examples_model() -> None:
-    """The estimate without low-rank products against saved-tensor hooks, logits and one weight aside."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+def kept_bytes(model: nn.Module, tokens: Tensor) -> int:
+    """Distinct memory, weights and buffers aside, that the forward of an example's body keeps for its backward."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor.detach()  # a graph that held its own output would never be freed
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.model(tokens)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("proj_type", ["std", "right", None])
+def test_activations_of_the_examples_model(dtype: str, proj_type: str | None) -> None:
+    """The estimate against saved-tensor hooks, logits and one weight aside; without a type nothing is projected."""
     from pretrain.model import LlamaConfig, LlamaForCausalLM
 
-    for dtype in ("float32", "bfloat16"):
-        model = LlamaForCausalLM(LlamaConfig(320, 128, 344, 2, 4)).to(getattr(torch, dtype))
-        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def note(tensor: Tensor, own: set[int] = own, kept: dict[int, torch.UntypedStorage] = kept) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage
-            return tensor.detach()  # a graph that held its own output would never be freed
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            model.model(torch.zeros(2, 64, dtype=torch.int64))
-        measured = sum(storage.nbytes() for storage in kept.values())
-        options = dict(tokens=64, dtype=dtype, weight_bits=None, grad_mode="full")
-        config = dict(zip(TINY, (320, 128, 344, 2, 4), strict=True))
-        one, two = (plan_memory(config, 16, batch=batch, **options).activations or 0 for batch in (2, 4))
-        size = 4 if dtype == "float32" else 2
-        logits = 2 * 64 * 320 * (size + 8)
-        assert two - one - logits == pytest.approx(measured, rel=0.05)
+    shape, tokens = (320, 128, 344, 2, 4), torch.arange(128).view(2, 64)
+    model = LlamaForCausalLM(LlamaConfig(*shape)).to(getattr(torch, dtype))
+    options: dict[str, Any] = {"proj_type": proj_type} if proj_type else {"weight_bits": None, "grad_mode": "full"}
+    qg.prepare_model(model, 16, **options)
+    if proj_type:
+        optimizer = qg.QGaLoreAdamW8bit(qg.param_groups(model))
+        for _ in range(10):  # past the first bases, for which inputs are kept
+            model(tokens).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    config = dict(zip(TINY, shape, strict=True))
+    one, two = (plan_memory(config, 16, batch=b, tokens=64, dtype=dtype, **options).activations or 0 for b in (2, 4))
+    logits = tokens.numel() * 320 * ((4 if dtype == "float32" else 2) + 8)
+    assert two - one - logits == pytest.approx(kept_bytes(model, tokens), rel=0.05)
 
 
 def test_activations_shrink_with_low_rank_products_and_checkpointing() -> None:
@@ -313,7 +325,7 @@ def test_names_files_and_dicts_say_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["60m", "130m", "350m", "1b", "7b"])
 def test_known_sizes_are_those_of_the_examples(name: str) -> None:
-    file = Path(__file__).parents[1] / "examples" / "configs" / f"llama_{name}.json"
+    file = ROOT / "examples" / "configs" / f"llama_{name}.json"
     assert read_shape(file) == read_shape(name)
 
 
