@@ -106,10 +106,18 @@ def test_max_train_tokens_sets_the_number_of_updates(config: str, tokens: str, s
     assert args.num_training_steps == steps
 
 
-SCRIPTS = sorted((EXAMPLES / "scripts" / "pretrain_c4").glob("*.sh"))
+SCRIPTS = sorted((EXAMPLES / "scripts").rglob("*.sh"))
+PUBLIC_SCRIPTS = {
+    *(f"pretrain_c4/llama_{size}.sh" for size in PUBLIC_SHAPES),
+    *(f"single_gpu/llama_7b{kind}.sh" for kind in ("", "_checkpointing", "_galore", "_galore_checkpointing")),
+}
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_are_named_as_the_public_ones() -> None:
+    assert {path.relative_to(EXAMPLES / "scripts").as_posix() for path in SCRIPTS} == PUBLIC_SCRIPTS
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.stem}-{path.stem}")
 def test_scripts_give_flags_that_are_accepted(tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torchrun that prints its arguments stands in for the real one."""
     fake = tmp_path / "torchrun"
@@ -123,7 +131,10 @@ def test_scripts_give_flags_that_are_accepted(tmp_path: Path, script: Path, monk
     monkeypatch.chdir(EXAMPLES)
     args = parse_flags(printed[4:])
     assert (args.data_kind, args.tokenizer, args.seed, args.total_batch_size) == ("c4", "folder", 5, 512)
-    assert Path(args.model_config).stem == script.stem and args.weight_quant and args.dtype == "bfloat16"
+    single, galore, checkpointing = (word in str(script) for word in ("single_gpu", "galore", "checkpointing"))
+    assert script.stem.startswith(Path(args.model_config).stem) and args.dtype == "bfloat16"
+    assert (args.single_gpu, args.weight_quant, args.activation_checkpointing) == (single, not galore, checkpointing)
+    assert args.optimizer == ("galore" if galore else "q_galore") + "_adamw8bit" + ("_per_layer" if single else "")
 
 
 def test_demo_is_a_preset_that_flags_override() -> None:

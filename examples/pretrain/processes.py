@@ -27,9 +27,11 @@ class Processes:
 
     def __init__(self, rank: int, count: int) -> None:
         self.rank, self.count = rank, count
+        self._own = False  # a process group that is there already is used, and left alone
 
     def __enter__(self) -> Processes:
-        if self.count > 1:
+        self._own = self.count > 1 and not dist.is_initialized()
+        if self._own:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
             dist.init_process_group(backend)
         return self
@@ -37,7 +39,7 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if dist.is_initialized() and self.count > 1:
+        if self._own:
             dist.destroy_process_group()
 
     def sum(self, *numbers: float) -> list[float]:

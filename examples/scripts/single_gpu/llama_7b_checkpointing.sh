@@ -1,0 +1,11 @@
+#!/bin/sh
+# LLaMA-7B on C4 with Q-GaLore: INT8 weights, INT4 projector, 8-bit moments; layers are updated one by one.
+# Of the activations only the layers' inputs are kept.
+# TOKENIZER names a folder with a tokenizer of at most 32000 entries; further flags go behind the script.
+cd "$(dirname "$0")/../.." || exit 1
+exec torchrun --standalone --nproc_per_node 1 run_pretrain.py \
+    --model_config configs/llama_7b.json --data c4 --tokenizer "${TOKENIZER:?is not set}" --single_gpu \
+    --optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant \
+    --rank 1024 --update_proj_gap 500 --galore_scale 0.25 --lr 0.004 --weight_decay 0 --grad_clipping 1.0 \
+    --batch_size 16 --total_batch_size 512 --activation_checkpointing --dtype bfloat16 \
+    --num_training_steps 150000 --warmup_steps 15000 --eval_every 1000 --name q-galore-llama-7b-single-gpu "$@"
