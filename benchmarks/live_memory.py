@@ -12,9 +12,14 @@ from q_galore_torch.nn.leaf import ZeroLeaf
 
 
 def storages(tensors: Iterable[Tensor]) -> int:
-    """Bytes of distinct memory that tensors lie in."""
+    """Bytes of distinct memory that tensors lie in; of the shared zeros those that the longest of the leaves needs."""
+    found: dict[int, int] = {}
     with torch._C.DisableTorchFunctionSubclass():
-        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            # Another model in this process may have made the zeros longer.
+            size = tensor.nbytes if isinstance(tensor, ZeroLeaf) else storage.nbytes()
+            found[storage.data_ptr()] = max(size, found.get(storage.data_ptr(), 0))
     return sum(found.values())
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from q_galore_torch.nn.leaf import ZeroBuffer
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
 import run_pretrain  # noqa: E402
 from pretrain import losses as pretrain_losses  # noqa: E402
@@ -179,7 +181,8 @@ def test_memory_line_counts_real_bytes(tmp_path: Path) -> None:
     elements, coordinates = 2 * (4 * 64 * 64 + 3 * 64 * 128), 2 * 16 * (4 * 64 + 3 * 128)
     assert quantised["gradients"] == regular + 4 * coordinates
     stored = regular + elements + 6 * elements // 256
-    assert stored <= quantised["weights"] <= stored + 4 * coordinates // 2  # and one zero buffer
+    zeros = ZeroBuffer.of(torch.device("cpu"), torch.float32).base.nbytes  # as long as any test's model needs them
+    assert stored <= quantised["weights"] <= stored + max(zeros, 4 * coordinates // 2)
     assert quantised["optimizer_state"] < 0.9 * weights
 
 
