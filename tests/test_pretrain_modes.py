@@ -20,6 +20,7 @@ from pretrain.flags import parse_flags  # noqa: E402
 from pretrain.model import MLP, build_model, initializer  # noqa: E402
 from pretrain.optimizers import TARGET_MODULES  # noqa: E402
 from pretrain.processes import ALONE  # noqa: E402
+from pretrain.report import state_bytes, weight_bytes  # noqa: E402
 from pretrain.stopping import StopRequest  # noqa: E402
 from pretrain_support import (  # noqa: E402
     EXAMPLES,
@@ -231,3 +232,19 @@ def test_state_counts_no_optimizer_of_torch(tmp_path: Path) -> None:
         work.update()
     assert isinstance(work.optimizer, Optimizer)
     assert {int(state["step"]) for state in work.optimizer.state.values()} == {2}
+
+
+def test_60m_takes_the_bytes_that_the_planner_says(tmp_path: Path) -> None:
+    """The path of benchmarks/pretrain_7b.py with a smaller model; no gradient outlives its hook."""
+    flags = """--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant --rank 128
+        --activation_checkpointing --batch_size 1 --max_length 32 --gradient_accumulation 1 --dtype bfloat16""".split()
+    config = str(EXAMPLES / "configs" / "llama_60m.json")
+    data = ["--data", "text", write_corpus(tmp_path), "--save_dir", str(tmp_path / "run"), "--device", "cpu"]
+    work = run_pretrain.Trainer(parse_flags(["--model_config", config, *flags, *data]), StopRequest(), ALONE)
+    first = work.update()[0]
+    assert 10 < first < 12 and abs(work.update()[0] - first) < 1
+    plan = qg.plan_memory(config, 128, tokens=32, per_layer=True, activation_checkpointing=True, update_proj_gap=50)
+    weights, state = plan.weights + plan.scales + plan.zero_leaf, plan.projectors + plan.moments + plan.schedule
+    assert weight_bytes(work.model) == pytest.approx(weights, rel=0.005)
+    assert state_bytes(work.optimizer) == pytest.approx(state + plan.old_bases, rel=0.005)
+    assert work.gradient_bytes == 0
