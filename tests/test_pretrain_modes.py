@@ -248,3 +248,33 @@ def test_60m_takes_the_bytes_that_the_planner_says(tmp_path: Path) -> None:
     assert weight_bytes(work.model) == pytest.approx(weights, rel=0.005)
     assert state_bytes(work.optimizer) == pytest.approx(state + plan.old_bases, rel=0.005)
     assert work.gradient_bytes == 0
+
+
+HOLES = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from pretrain.report import give_back_freed_memory
+
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+
+if sys.argv[2] == "call":
+    give_back_freed_memory()
+del (large := [torch.ones(16 * 2**18)])[:]  # after which glibc no longer maps what is smaller
+blocks = [torch.ones(2 * 2**18) for _ in range(64)]
+before = resident()
+del blocks[::2]
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and needs glibc's malloc")
+def test_freed_memory_goes_back() -> None:
+    """Half of 128 MiB in blocks of 2 MiB, every other one; without the call all of it stays."""
+    freed = {}
+    for word in ("call", "no"):
+        command = [sys.executable, "-c", HOLES, str(EXAMPLES), word]
+        freed[word] = float(
+            subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
+        )
+    assert freed["call"] > 60 and freed["no"] < 10
