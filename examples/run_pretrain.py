@@ -53,6 +53,7 @@ from pretrain.report import (
     MIB,
     NoLog,
     RunLog,
+    give_back_freed_memory,
     gradient_bytes,
     peak_memory,
     peak_resident,
@@ -90,6 +91,8 @@ class Trainer:
         self.args, self.stop, self.processes, self.device = args, stop, processes, args.torch_device
         self.stopped_by = 0  # the signal that all processes know of
         self.folder = Path(args.save_dir)
+        if args.optimizer in PER_LAYER:
+            give_back_freed_memory()
         self.resident_before = peak_resident()
         config = read_config_json(args.model_config)
         longest = config.get("max_sequence_length", config.get("max_position_embeddings"))

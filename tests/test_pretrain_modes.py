@@ -20,6 +20,7 @@ from pretrain.flags import parse_flags  # noqa: E402
 from pretrain.model import MLP, build_model, initializer  # noqa: E402
 from pretrain.optimizers import TARGET_MODULES  # noqa: E402
 from pretrain.processes import ALONE  # noqa: E402
+from pretrain.report import state_bytes, weight_bytes  # noqa: E402
 from pretrain.stopping import StopRequest  # noqa: E402
 from pretrain_support import (  # noqa: E402
     EXAMPLES,
@@ -231,3 +232,49 @@ def test_state_counts_no_optimizer_of_torch(tmp_path: Path) -> None:
         work.update()
     assert isinstance(work.optimizer, Optimizer)
     assert {int(state["step"]) for state in work.optimizer.state.values()} == {2}
+
+
+def test_60m_takes_the_bytes_that_the_planner_says(tmp_path: Path) -> None:
+    """The path of benchmarks/pretrain_7b.py with a smaller model; no gradient outlives its hook."""
+    flags = """--optimizer q_galore_adamw8bit_per_layer --weight_quant --stochastic_round --proj_quant --rank 128
+        --activation_checkpointing --batch_size 1 --max_length 32 --gradient_accumulation 1 --dtype bfloat16""".split()
+    config = str(EXAMPLES / "configs" / "llama_60m.json")
+    data = ["--data", "text", write_corpus(tmp_path), "--save_dir", str(tmp_path / "run"), "--device", "cpu"]
+    work = run_pretrain.Trainer(parse_flags(["--model_config", config, *flags, *data]), StopRequest(), ALONE)
+    first = work.update()[0]
+    assert 10 < first < 12 and abs(work.update()[0] - first) < 1
+    plan = qg.plan_memory(config, 128, tokens=32, per_layer=True, activation_checkpointing=True, update_proj_gap=50)
+    weights, state = plan.weights + plan.scales + plan.zero_leaf, plan.projectors + plan.moments + plan.schedule
+    assert weight_bytes(work.model) == pytest.approx(weights, rel=0.005)
+    assert state_bytes(work.optimizer) == pytest.approx(state + plan.old_bases, rel=0.005)
+    assert work.gradient_bytes == 0
+
+
+HOLES = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from pretrain.report import give_back_freed_memory
+
+def resident():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) / 1024
+
+if sys.argv[2] == "call":
+    give_back_freed_memory()
+del (large := [torch.ones(16 * 2**18)])[:]  # after which glibc no longer maps what is smaller
+blocks = [torch.ones(2 * 2**18) for _ in range(64)]
+before = resident()
+del blocks[::2]
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and needs glibc's malloc")
+def test_freed_memory_goes_back() -> None:
+    """Half of 128 MiB in blocks of 2 MiB, every other one; without the call all of it stays."""
+    freed = {}
+    for word in ("call", "no"):
+        command = [sys.executable, "-c", HOLES, str(EXAMPLES), word]
+        freed[word] = float(
+            subprocess.run(command, env=environment(), capture_output=True, text=True, check=True).stdout
+        )
+    assert freed["call"] > 60 and freed["no"] < 10

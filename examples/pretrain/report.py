@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import resource
@@ -172,6 +173,18 @@ def peak_resident() -> int:
     """Largest resident set of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_back_freed_memory() -> None:
+    """Have tensors of a MiB and more returned to the system when they are freed, where the C library is glibc.
+
+    It would keep those of up to 32 MiB as holes between what lives. Layer by layer, where tensors of all sizes come and
+    go between states that stay, the holes were a tenth of the peak; mapping anew costs some 5 % of the time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+        mallopt(mmap_threshold, MIB)
 
 
 def plot_loss(log: Path, picture: Path, title: str) -> str:
