@@ -156,6 +156,10 @@ class Trainer:
         self.corpus.train.load_state_dict(state["data"])
         restore_random_state(state["random"])
         self.step, self.first_loss = state["step"], state["first_loss"]
+        for group, base, factor in zip(
+            self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * factor(self.step)  # another one than was saved where --num_training_steps has grown
 
     def save(self) -> None:
         """Write a checkpoint of the current step, unless it is there already."""
@@ -206,13 +210,17 @@ class Trainer:
     def _open_log(self) -> RunLog | NoLog:
         """The log of process 0; the others have none."""
         args = self.args
-        if self.processes.rank:
-            return NoLog()
-        wandb = start_wandb(args.unset_wandb, args.project, args.name, vars_for_log(args))
-        try:
-            return RunLog(self.folder, args.num_training_steps, self.step, wandb)
-        except OSError as error:
-            raise UsageError(f"cannot write into --save_dir {self.folder}: {error.strerror}") from None
+        log: RunLog | NoLog = NoLog()
+        problem = ""
+        if not self.processes.rank:
+            wandb = start_wandb(args.unset_wandb, args.project, args.name, vars_for_log(args))
+            try:
+                log = RunLog(self.folder, args.num_training_steps, self.step, wandb)
+            except OSError as error:
+                problem = f"cannot write into --save_dir {self.folder}: {error.strerror}"
+        if self.processes.largest(len(problem)):
+            raise UsageError(problem or "process 0 cannot write into --save_dir")
+        return log
 
     def _introduce(self) -> None:
         """The first lines: what is trained, on what."""

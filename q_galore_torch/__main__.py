@@ -86,7 +86,10 @@ def _report(words: list[str]) -> None:
 
 
 def _bits(text: str) -> int | None:
-    return None if text == "none" else int(text)
+    try:
+        return None if text == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid number of bits: {text!r}") from None
 
 
 def _plan(words: list[str]) -> None:

@@ -209,7 +209,7 @@ def _shapes(model: Any, dtype: str | None) -> tuple[nn.Module, LlamaShape | None
 def _shape_of(model: nn.Module) -> LlamaShape | None:
     """The shape of a module that carries a LLaMA-like config, else None."""
     config = getattr(model, "config", None)
-    names = (*REQUIRED, "model_type", "num_key_value_heads")
+    names = (*REQUIRED, "model_type", "num_key_value_heads", "head_dim")
     values = {name: getattr(config, name) for name in names if hasattr(config, name)}
     try:
         return read_shape(values)

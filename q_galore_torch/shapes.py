@@ -94,7 +94,12 @@ def read_shape(config: str | Path | Mapping[str, Any]) -> LlamaShape:
             f"hidden_size in {source} must be a multiple of num_attention_heads={values['num_attention_heads']}, "
             f"got {values['hidden_size']}"
         )
-    return LlamaShape(**values, tie_word_embeddings=bool(config.get("tie_word_embeddings", False)))
+    shape = LlamaShape(**values, tie_word_embeddings=bool(config.get("tie_word_embeddings", False)))
+    if config.get("head_dim") not in (None, shape.head_size):
+        raise ValueError(
+            f"head_dim in {source} must be {shape.head_size}, got {config['head_dim']!r}: give the model itself"
+        )
+    return shape
 
 
 def _read_json(path: str | Path) -> Mapping[str, Any]:

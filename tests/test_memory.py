@@ -385,6 +385,7 @@ def test_command_prints_the_plan_and_what_fits(capsys: pytest.CaptureFixture[str
             r"model_type in the config must be one of 'llama', 'mistral', got 'gpt2'",
         ),
         ({"model": {**TINY, "attention_bias": True}}, r"attention_bias in the config must be False, got True"),
+        ({"model": {**TINY, "head_dim": 32}}, r"head_dim in the config must be 24, got 32: give the model itself"),
         ({"model": {"vocab_size": 8, "hidden_size": 8}}, r"the config lacks intermediate_size, num_hidden_layers"),
         ({"model": {**TINY, "hidden_size": 9.5}}, r"hidden_size in the config must be an integer >= 1, got 9.5"),
         ({"model": {**TINY, "num_attention_heads": 7}}, r"must be a multiple of num_attention_heads=7, got 96"),
@@ -441,6 +442,10 @@ def test_memory_is_a_positive_number(room: Any) -> None:
     [
         (["60m"], f"the following arguments are required: --rank; {command_line._USAGE}"),
         (["60m", "--rank", "x"], f"argument --rank: invalid int value: 'x'; {command_line._USAGE}"),
+        (
+            ["60m", "--rank", "64", "--weight-bits", "x"],
+            f"argument --weight-bits: invalid number of bits: 'x'; {command_line._USAGE}",
+        ),
         (["60m", "--rank", "0"], "rank must be an integer >= 1, got 0"),
         (["60m", "--rank", "64", "--gpu-memory", "0"], "gpu_memory must be a number of GB > 0, got 0.0"),
     ],

@@ -139,6 +139,14 @@ def test_a_checkpoint_that_cannot_be_written_ends_every_process(tmp_path: Path) 
     assert "run_pretrain.py: cannot save a checkpoint in" in done.stderr
 
 
+def test_a_folder_that_cannot_be_written_ends_every_process_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where a folder is to be made")
+    command = [*launcher(2), str(EXAMPLES / "run_pretrain.py"), *tiny_flags(tmp_path, batch_size=2)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "run_pretrain.py: cannot write into --save_dir" in done.stderr and "[rank1]" not in done.stderr
+
+
 # ------------------------------------------------------------ the parts
 
 

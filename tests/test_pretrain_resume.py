@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -143,6 +144,28 @@ def test_failed_save_leaves_no_checkpoint(
     assert run_pretrain.main(tiny_flags(tmp_path, num_training_steps=6, continue_from=tmp_path / "run")) == 1
     assert "cannot save a checkpoint in" in capsys.readouterr().err and len(calls) == 2
     assert checkpoint.find_checkpoint(str(tmp_path / "run")).name == "model_3"
+
+
+def test_full_disk_is_told_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch.save itself fails, in the middle of a file; it raises RuntimeError then."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    arguments = tiny_flags(tmp_path, num_training_steps=2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        assert run_pretrain.main(arguments) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "cannot save a checkpoint in" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("model_*"))
+
+
+def test_longer_run_goes_on_at_the_rate_of_its_own_schedule(tmp_path: Path) -> None:
+    """Not with one update at the rate that the shorter run would have gone on with, its last."""
+    run(tmp_path, num_training_steps=4)
+    rows = run(tmp_path, num_training_steps=12, continue_from=tmp_path / "run", save_dir=tmp_path / "run")
+    whole = run(tmp_path, num_training_steps=12, save_dir=tmp_path / "whole")
+    continued, expected = ({row["step"]: row["lr"] for row in r if row["kind"] == "train"} for r in (rows, whole))
+    assert all(continued[step] == expected[step] for step in range(5, 13))
 
 
 def test_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:

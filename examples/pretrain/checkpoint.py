@@ -55,7 +55,10 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, state: dict[str, Any
 
 def _write(content: Any, path: Path) -> None:
     with open(path, "wb") as file:
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # raised while torch closes the file that it could not write
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.flush()
         os.fsync(file.fileno())
 
