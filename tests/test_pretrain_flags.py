@@ -199,6 +199,8 @@ def test_refusals_are_one_sentence_and_exit_code_2(
         ({"vocab_size": -1}, "vocab_size in .* must be a positive number, got -1"),
         ({"num_attention_heads": 3}, "must be an even multiple of num_attention_heads"),
         ({"num_key_value_heads": 1}, "num_key_value_heads=1 in .* needs --use_hf_model"),
+        ({"head_dim": 8}, "head_dim=8 in .* needs --use_hf_model"),
+        ({"attention_bias": True}, "attention_bias=True in .* needs --use_hf_model"),
     ],
 )
 def test_bad_configs_are_refused(tmp_path: Path, changes: dict[str, object], sentence: str) -> None:

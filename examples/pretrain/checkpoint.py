@@ -40,8 +40,12 @@ def save_checkpoint(run: Path, step: int, model: nn.Module, state: dict[str, Any
     unfinished = run / f".model_{step}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    _write(model.state_dict(), unfinished / "model.pt")
-    _write({**state, "format": FORMAT, "step": step, "random": random_state()}, unfinished / "training_state.pt")
+    try:
+        _write(model.state_dict(), unfinished / "model.pt")
+        _write({**state, "format": FORMAT, "step": step, "random": random_state()}, unfinished / "training_state.pt")
+    except OSError:
+        shutil.rmtree(unfinished, ignore_errors=True)  # the disk may be full
+        raise
     if folder.exists():
         replaced = run / f".model_{step}.replaced"
         shutil.rmtree(replaced, ignore_errors=True)

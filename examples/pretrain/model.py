@@ -59,6 +59,9 @@ class LlamaConfig:
             ("num_key_value_heads", config.num_attention_heads),
             ("tie_word_embeddings", False),
             ("hidden_act", "silu"),
+            ("head_dim", config.hidden_size // config.num_attention_heads),
+            ("attention_bias", False),
+            ("mlp_bias", False),
         ):
             if values.get(name, only) not in (only, None):
                 raise UsageError(f"{name}={values[name]!r} in {path} needs --use_hf_model")
