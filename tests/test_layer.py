@@ -447,6 +447,18 @@ def test_inputs_that_are_not_floats_are_refused(bits: Any, autocast: bool) -> No
                 layer(torch.ones(2, 64, dtype=dtype))
 
 
+@pytest.mark.parametrize("grad_mode", ["low_rank", "full"])
+def test_the_transforms_of_torch_func_are_refused(grad_mode: str) -> None:
+    layer, _ = prepared(linear(), grad_mode=grad_mode)
+    x = torch.ones(2, 64)
+    for transformed in (torch.func.vmap(layer), torch.func.grad(lambda x: layer(x).sum())):
+        with pytest.raises(RuntimeError, match=r"^0 does not support the transforms of torch\.func"):
+            transformed(x)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="torch.func"):
+            torch.func.vmap(layer)(x)
+    assert torch.func.functional_call(layer, dict(layer.named_parameters()), x).shape == (2, 96)
+
+
 def test_a_float_weight_takes_inputs_of_its_own_dtype() -> None:
     layer, _ = prepared(linear(dtype=torch.bfloat16), weight_bits=None)
     with pytest.raises(

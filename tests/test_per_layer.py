@@ -191,6 +191,25 @@ def test_zero_grad_begins_a_window_again_and_is_harmless_at_its_ends() -> None:
     assert_same(other.state_dict(), model.state_dict())
 
 
+def test_zero_grad_before_step_keeps_gradients_that_wait_for_it() -> None:
+    """Those of a layer that the last pass did not reach; all others have been updated."""
+    model, optimizer = build()
+    other, per_layer = build()
+    enable_per_layer(per_layer, accumulation_steps=2)
+    for step in range(5):
+        for m, o in ((model, optimizer), (other, per_layer)):
+            for index in range(2):
+                m.use_spare = index == 0
+                losses_of(m, 2 * step + index)[0].backward()
+            if o is per_layer:
+                o.zero_grad()
+            o.step()
+            o.zero_grad()
+    assert per_layer.state[other.spare.leaf]["step"] == 5
+    assert_same(other.state_dict(), model.state_dict())
+    assert_same(per_layer.state_dict(), optimizer.state_dict())
+
+
 def test_a_backward_too_many_is_refused() -> None:
     model, optimizer = build()
     handle = enable_per_layer(optimizer)

@@ -321,7 +321,8 @@ class QGaLoreLinear(nn.Module):
         """``x W^T + b`` for x [..., n], computed in x's dtype, or autocast's under autocast; returns [..., m].
 
         Raises:
-            RuntimeError: x is not of a float dtype, or, outside autocast, not of a float weight's own.
+            RuntimeError: x is not of a float dtype, or, outside autocast, not of a float weight's own; or a transform
+                of ``torch.func`` (vmap, grad, jvp) is active.
         """
         if not x.is_floating_point():
             raise RuntimeError(f"{self.label or 'QGaLoreLinear'} expects a {self.compute_dtype} input, got {x.dtype}")
@@ -330,8 +331,11 @@ class QGaLoreLinear(nn.Module):
         elif self.weight_bits is None and x.dtype != self.weight.dtype:
             name, dtype = self.label or "QGaLoreLinear", self.weight.dtype
             raise RuntimeError(f"{name} has a float weight and expects a {dtype} input like it, got {x.dtype}")
-        # What is due, and so what to keep, changes from step to step: a compiled graph always keeps x.
-        project = False if torch.compiler.is_compiling() else projects(x, self)
+        if torch.compiler.is_compiling():  # what is due, and so what to keep, changes from step to step: keep x
+            project = False
+        else:
+            _refuse_transforms(self)
+            project = projects(x, self)
         if self.weight_bits is None:
             return LinearFunction.apply(x, self.leaf, self.bias, self.weight, None, None, self, project)
         return LinearFunction.apply(x, self.leaf, self.bias, self.qweight, self.scales, self.zeros, self, project)
@@ -343,6 +347,14 @@ class QGaLoreLinear(nn.Module):
             text += f", rank={self.rank}"
         stored = "float" if self.weight_bits is None else f"{self.weight_bits} bits, group_size={self.group_size}"
         return f"{text}, weight={stored}, grad_mode={self.grad_mode}"
+
+
+def _refuse_transforms(layer: QGaLoreLinear) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{layer.label or 'QGaLoreLinear'} does not support the transforms of torch.func (vmap, grad, jvp, ...): "
+            "use backward() or torch.autograd.grad, or export_model for a model of ordinary layers"
+        )
 
 
 def check_layer_options(

@@ -335,13 +335,15 @@ class QGaLoreAdamW8bit(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients; the full gradients that due layers have summed are dropped with them.
 
+        With per-layer updates it does nothing between the updates of a window and its ``step()``.
+
         Args:
             set_to_none: default True, else the gradients are zeroed in place.
         """
         self._adopt()
+        if self._per_layer is not None and not self._per_layer.restart():
+            return
         super().zero_grad(set_to_none)
-        if self._per_layer is not None:
-            self._per_layer.restart()
         for parameter, _, _ in self._parameters():
             if is_low_rank(parameter) and parameter.binding is not None:
                 parameter.binding.drop()

@@ -283,10 +283,13 @@ class PerLayer:
         for group in optimizer.param_groups:
             group["last_grad_norm"] = norm
 
-    def restart(self) -> None:
-        """The optimizer's ``zero_grad()``: the window begins again, unless parameters have been updated in it."""
-        if not self._updating:
-            self._reset()
+    def restart(self) -> bool:
+        """The optimizer's ``zero_grad()``: the window begins again, and True comes back, unless parameters have been
+        updated in it; what waits for ``step()`` then belongs to the same update."""
+        if self._updating:
+            return False
+        self._reset()
+        return True
 
     def abort_window(self) -> None:
         """Give the window up after an exception: what has been updated stays updated, everything else is dropped.
