@@ -430,6 +430,14 @@ def test_clipping_without_keeping_gradients(clip: str) -> None:
     assert (unclipped.up.weight - model.up.weight).abs().max() > 1e-3
 
 
+def test_the_first_update_is_not_clipped_by_a_norm_that_is_not_there() -> None:
+    model, optimizer = build()
+    other, clipped = build()
+    enable_per_layer(clipped, max_grad_norm=1e-9, clip="last_norm")
+    assert train(other, clipped, 1) == train(model, optimizer, 1)
+    assert_same(other.state_dict(), model.state_dict())
+
+
 def test_the_last_norm_survives_a_resume() -> None:
     runs = []
     for interrupted in (False, True):

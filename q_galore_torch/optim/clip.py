@@ -39,7 +39,7 @@ def clip_grad_norm_(optimizer: Optimizer, max_norm: float, error_if_nonfinite: b
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = total_norm(gradients, error_if_nonfinite)
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, finite_or_zero(norm))
+    scale(gradients, norm, max_norm)
     return norm
 
 
@@ -49,6 +49,10 @@ def total_norm(gradients: list[Tensor], error_if_nonfinite: bool = False) -> Ten
     return torch.nn.utils.get_total_norm(wide, error_if_nonfinite=error_if_nonfinite)
 
 
-def finite_or_zero(norm: Tensor) -> Tensor:
-    """A norm by which nothing is scaled where it is not finite."""
-    return torch.where(norm.isfinite(), norm, 0.0)
+def scale(gradients: list[Tensor], norm: Tensor, largest: float) -> None:
+    """Scale gradients in place as ``torch.nn.utils.clip_grad_norm_`` does; where the norm is zero or not finite, not at
+    all."""
+    factor = torch.clamp(largest / (norm + 1e-6), max=1.0)
+    factor = torch.where(norm.isfinite() & (norm > 0), factor, 1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))

@@ -22,13 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from q_galore_torch.integrations.distributed import wrapper_of
-from q_galore_torch.optim.clip import finite_or_zero, total_norm
+from q_galore_torch.optim.clip import scale, total_norm
 from q_galore_torch.optim.galore_adamw import QGaLoreAdamW8bit
 from q_galore_torch.optim.update import Work, is_low_rank
 
 _CLIPS = ("global", "per_parameter", "last_norm")
 _PARTLY = "what the backward pass had reached before it was updated; call abort_window() of the per-layer handle"
-_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
 def enable_per_layer(
@@ -230,16 +229,16 @@ class PerLayer:
             if self.max_grad_norm is not None:
                 if self.clip == "last_norm":
                     norm = torch.full_like(norm, item.group["last_grad_norm"])
-                _scale([item], norm, self.max_grad_norm)
+                scale([item.gradient], norm, self.max_grad_norm)
 
     def _clip_all(self, work: list[Work]) -> None:
         """Measure all gradients of the window, and scale them together."""
         if not work:
             return
-        norm = total_norm([item.gradient for item in work])
-        self._norms.append(norm)
+        gradients = [item.gradient for item in work]
+        self._norms.append(total_norm(gradients))
         if self.max_grad_norm is not None:
-            _scale(work, norm, self.max_grad_norm)
+            scale(gradients, self._norms[-1], self.max_grad_norm)
 
     # ------------------------------------------------------------ windows
 
@@ -358,13 +357,6 @@ class _Hook:
         handle = self.handle()
         if handle is not None and handle._optimizer() is not None:
             handle.on_gradient(parameter)
-
-
-def _scale(work: list[Work], norm: Tensor, largest: float) -> None:
-    """Scale gradients as ``torch.nn.utils.clip_grad_norm_`` does."""
-    factor = torch.clamp(largest / (finite_or_zero(norm) + _EPS), max=1.0)
-    for item in work:
-        item.gradient.mul_(factor.to(item.gradient.device))
 
 
 def _inside_backward() -> bool:
