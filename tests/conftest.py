@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import collections
+import gc
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 # Sums of a GEMM depend on the thread count: the same everywhere, so that a failure is one everywhere.
@@ -35,6 +38,15 @@ def _same_start_for_every_test():
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
     assert torch.is_grad_enabled(), "the test left gradients switched off"
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A gloo group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    gc.collect()  # a reducer that is freed after its group holds the GIL and waits for a thread that wants it (2.13)
+    dist.destroy_process_group()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

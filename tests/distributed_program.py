@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -389,6 +390,7 @@ def run(rank: int, world: int, folder: str, names: list[str]) -> None:
         result = SCENARIOS[name](rank)
         torch.save(result, where / f"{name}.{rank}.pt")
         dist.barrier()
+    gc.collect()  # as the fixture process_group does
     dist.destroy_process_group()
 
 

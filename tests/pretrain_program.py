@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -21,4 +22,5 @@ if __name__ == "__main__":
         print(f"process {os.environ['RANK']} ends with {code}", flush=True)
         if code:
             sys.exit(code)
+    gc.collect()  # as examples/pretrain/processes.py does
     dist.destroy_process_group()

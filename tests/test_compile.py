@@ -191,23 +191,20 @@ def test_per_layer_updates_of_a_compiled_model(whole: bool) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("inside", [False, True])
 def test_ddp_around_a_compiled_model_and_the_other_way_round(inside: bool) -> None:
     model, opt = made(2)
     eager = train(model, opt, range(8))
     twin, twin_opt = made(2)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        distributed.prepare(twin)
-        if inside:
-            twin.compile(fullgraph=True, backend="aot_eager")
-        wrapped = nn.parallel.DistributedDataParallel(twin)
-        compiled = wrapped if inside else torch.compile(wrapped, backend="aot_eager")
-        losses = train(compiled, twin_opt, range(1))
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            losses += train(compiled, twin_opt, range(1, 8))
-    finally:
-        dist.destroy_process_group()
+    distributed.prepare(twin)
+    if inside:
+        twin.compile(fullgraph=True, backend="aot_eager")
+    wrapped = nn.parallel.DistributedDataParallel(twin)
+    compiled = wrapped if inside else torch.compile(wrapped, backend="aot_eager")
+    losses = train(compiled, twin_opt, range(1))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses += train(compiled, twin_opt, range(1, 8))
     assert same(losses, eager) and same(everything(twin, twin_opt), everything(model, opt))
 
 

@@ -552,25 +552,22 @@ def test_a_copy_of_the_optimizer_is_in_the_ordinary_mode() -> None:
     assert_same(other.state_dict(), model.state_dict())
 
 
-def test_a_model_in_ddp_must_be_given(tmp_path: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model, optimizer = build()
-        reference, ordinary = build()
-        wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-        with pytest.raises(RuntimeError, match="give it to enable_per_layer as ddp="):
-            enable_per_layer(optimizer)
-        handle = enable_per_layer(optimizer, ddp=wrapped, max_grad_norm=0.5, clip="per_parameter")
-        handle.remove()
-        enable_per_layer(optimizer, ddp=wrapped)
-        model.use_spare = reference.use_spare = True
-        for step in range(6):
-            losses_of(wrapped, step)[0].backward()
-            optimizer.step()
-            losses_of(reference, step)[0].backward()
-            ordinary.step()
-            ordinary.zero_grad()
-            assert not gradients(optimizer)
-        assert_same(model.state_dict(), reference.state_dict())
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.usefixtures("process_group")
+def test_a_model_in_ddp_must_be_given() -> None:
+    model, optimizer = build()
+    reference, ordinary = build()
+    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    with pytest.raises(RuntimeError, match="give it to enable_per_layer as ddp="):
+        enable_per_layer(optimizer)
+    handle = enable_per_layer(optimizer, ddp=wrapped, max_grad_norm=0.5, clip="per_parameter")
+    handle.remove()
+    enable_per_layer(optimizer, ddp=wrapped)
+    model.use_spare = reference.use_spare = True
+    for step in range(6):
+        losses_of(wrapped, step)[0].backward()
+        optimizer.step()
+        losses_of(reference, step)[0].backward()
+        ordinary.step()
+        ordinary.zero_grad()
+        assert not gradients(optimizer)
+    assert_same(model.state_dict(), reference.state_dict())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -40,6 +42,9 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._own:
+            # DDP's reducer, freed after its group, would hold the GIL and wait for a thread that wants it (torch 2.13).
+            traceback.clear_frames(trace)
+            gc.collect()
             dist.destroy_process_group()
 
     def sum(self, *numbers: float) -> list[float]:

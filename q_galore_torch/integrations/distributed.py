@@ -52,8 +52,8 @@ def prepare(model: nn.Module, process_group: dist.ProcessGroup | None = None) ->
         >>> import q_galore_torch as qg
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> model = qg.prepare_model(nn.Sequential(nn.Linear(64, 64)), rank=8, target_modules=["0"])
-        >>> type(DistributedDataParallel(prepare(model))).__name__
-        'DistributedDataParallel'
+        >>> type(prepare(model)).__name__  # and then DistributedDataParallel(model)
+        'Sequential'
         >>> dist.destroy_process_group()
     """
     if not (dist.is_available() and dist.is_initialized()):
