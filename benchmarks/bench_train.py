@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,7 +160,8 @@ def remembered(case: Case, name: str, dtype: torch.dtype, tokens: int) -> dict[s
         watched.peak.bytes = 0
         watched.update()
         peaks.append(watched.peak.bytes)
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage(): its figure is at least what the parent had when it started this process.
+    rss = 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     # AdamW makes its moments in the first update, ours are there before.
     return {"steady": min(peaks[1:]), "largest": max(peaks), "rss": rss}
 
