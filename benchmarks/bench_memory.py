@@ -15,8 +15,7 @@ from typing import Any
 
 import timing
 import torch
-import torch.nn.functional as F
-from live_memory import Peak
+from live_memory import trained
 
 import q_galore_torch as qg
 
@@ -46,22 +45,16 @@ def measured(config: LlamaConfig, rank: int, options: dict[str, Any], updates: d
     torch.manual_seed(0)
     model = qg.prepare_model(LlamaForCausalLM(config).to(torch.bfloat16), rank, **options)
     optimizer = qg.QGaLoreAdamW8bit(qg.param_groups(model, update_proj_gap=gap), lr=1e-3)
-    peak = Peak(model, optimizer)
-    passes = updates.get("accumulation", 1)
+    per_layer: dict[str, Any] | None = None
     if updates:
         clipping = updates.get("clipping")
-        clip = {} if clipping is None else {"max_grad_norm": 1.0, "clip": clipping}
-        qg.enable_per_layer(optimizer, accumulation_steps=passes, **clip)
+        per_layer = {} if clipping is None else {"max_grad_norm": 1.0, "clip": clipping}
     matrices = len(optimizer.param_groups[-1]["params"])
-    for _ in range(max(8, -(-matrices // 8)) + gap + 1):
-        for _ in range(passes):
-            tokens = torch.randint(0, config.vocab_size, (1, TOKENS + 1))
-            logits = model(tokens[:, :-1])
-            F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    peak.remove()
-    return peak.bytes
+    count = max(8, -(-matrices // 8)) + gap + 1
+    passes = updates.get("accumulation", 1)
+    return trained(
+        model, optimizer, lambda: torch.randint(0, config.vocab_size, (1, TOKENS + 1)), count, passes, per_layer
+    )
 
 
 def compared(file: str, rank: int, gap: int, modes: list[str]) -> dict[str, dict[str, float]]:

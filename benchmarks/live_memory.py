@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from q_galore_torch import QGaLoreAdamW8bit, enable_per_layer
 from q_galore_torch.nn.leaf import ZeroLeaf
 
 
@@ -64,3 +67,35 @@ class Peak:
         """Take the hooks away."""
         for hook in self._hooks:
             hook.remove()
+
+
+def trained(
+    model: nn.Module,
+    optimizer: QGaLoreAdamW8bit,
+    draw: Callable[[], Tensor],
+    updates: int,
+    passes: int = 1,
+    per_layer: dict[str, Any] | None = None,
+) -> int:
+    """Peak bytes of some updates of a language model.
+
+    Args:
+        model: gives logits of tokens.
+        optimizer: of the model.
+        draw: gives the tokens of a backward pass, [batch, length].
+        updates: how many.
+        passes: backward passes of one.
+        per_layer: how per-layer updates clip, None (default) for ordinary ones.
+    """
+    peak = Peak(model, optimizer)
+    if per_layer is not None:
+        enable_per_layer(optimizer, accumulation_steps=passes, **per_layer)
+    for _ in range(updates):
+        for _ in range(passes):
+            tokens = draw()
+            logits = model(tokens[:, :-1])
+            F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    peak.remove()
+    return peak.bytes

@@ -24,13 +24,13 @@ from q_galore_torch.nn.convert import _MARK
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.optim import QGaLoreAdamW8bit
 from q_galore_torch.optim.options import PROJECTED
+from q_galore_torch.optim.per_layer import CLIPS
 from q_galore_torch.optim.state import projection_of
 from q_galore_torch.optim.update import is_low_rank
 from q_galore_torch.shapes import META, REQUIRED, LlamaShape, check_count, listed, read_shape, skeleton
 from q_galore_torch.subspace import next_phase_step
 
 GB = 10**9
-CLIPPING = ("global", "per_parameter", "last_norm")
 LOGITS_AT_ONCE = 2**25  # a longer batch's logits are assumed to be made piece by piece, as the example does
 _RANK_STEP = 64  # largest ranks are looked for in these steps
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -166,7 +166,7 @@ def plan_memory(
     """
     for name, value in (("batch", batch), ("tokens", tokens), ("accumulation", accumulation)):
         check_count(name, value)
-    allowed = (None, *CLIPPING) if per_layer else (None, "global")
+    allowed = (None, *CLIPS) if per_layer else (None, "global")
     if clipping not in allowed:
         raise ValueError(f"clipping must be one of {listed(allowed)} with per_layer={per_layer}, got {clipping!r}")
     shapes, shape = _shapes(model, dtype)

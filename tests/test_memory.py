@@ -23,7 +23,7 @@ from q_galore_torch.shapes import read_shape
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
-from live_memory import Peak  # noqa: E402
+from live_memory import trained  # noqa: E402
 
 TINY = dict(vocab_size=320, hidden_size=96, intermediate_size=260, num_hidden_layers=2, num_attention_heads=4)
 FEW = 0.005  # what a prediction may be off by
@@ -72,21 +72,16 @@ class Model(nn.Module):
 # ---------------------------------------------------------------- measuring
 
 
-def trained(model: nn.Module, optimizer: qg.QGaLoreAdamW8bit, micro_batches: int = 1, **per_layer: Any) -> int:
+def taken_by(
+    model: nn.Module, optimizer: qg.QGaLoreAdamW8bit, passes: int = 1, per_layer: dict[str, Any] | None = None
+) -> int:
     """Peak bytes of ``UPDATES`` updates."""
-    peak = Peak(model, optimizer)
-    if per_layer:
-        qg.enable_per_layer(optimizer, accumulation_steps=micro_batches, **per_layer)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(UPDATES):
-        for _ in range(micro_batches):
-            tokens = torch.randint(0, TINY["vocab_size"], (8, 12), generator=generator)
-            logits = model(tokens[:, :-1])
-            F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    peak.remove()
-    return peak.bytes
+
+    def draw() -> Tensor:
+        return torch.randint(0, TINY["vocab_size"], (8, 12), generator=generator)
+
+    return trained(model, optimizer, draw, UPDATES, passes, per_layer)
 
 
 GROUP = dict(update_proj_gap=4)
@@ -134,13 +129,13 @@ def test_ordinary_updates_take_what_was_planned(mode: str) -> None:
     dtype = options.pop("dtype", "bfloat16")
     planned = plan_memory(TINY, 16, dtype=dtype, **GROUP, **options)
     model, optimizer = built(dtype, **options)
-    assert trained(model, optimizer) == pytest.approx(planned.tracked, rel=FEW)
+    assert taken_by(model, optimizer) == pytest.approx(planned.tracked, rel=FEW)
 
 
 def test_accumulation_takes_no_more_than_one_micro_batch() -> None:
     planned = plan_memory(TINY, 16, accumulation=3, **GROUP)
     assert planned == plan_memory(TINY, 16, **GROUP) == plan_memory(TINY, 16, clipping="global", **GROUP)
-    assert trained(*built("bfloat16"), micro_batches=3) == pytest.approx(planned.tracked, rel=FEW)
+    assert taken_by(*built("bfloat16"), passes=3) == pytest.approx(planned.tracked, rel=FEW)
 
 
 PER_LAYER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -158,8 +153,8 @@ PER_LAYER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_per_layer_updates_take_what_was_planned(mode: str) -> None:
     options, updates = PER_LAYER[mode]
     planned = plan_memory(TINY, 16, per_layer=True, **updates, **GROUP, **options)
-    clipping = {"max_grad_norm": 1.0, "clip": updates["clipping"]} if "clipping" in updates else {"clip": "global"}
-    taken = trained(*built("bfloat16", **options), micro_batches=updates.get("accumulation", 1), **clipping)
+    clipping = {"max_grad_norm": 1.0, "clip": updates["clipping"]} if "clipping" in updates else {}
+    taken = taken_by(*built("bfloat16", **options), updates.get("accumulation", 1), clipping)
     assert taken == pytest.approx(planned.tracked, rel=FEW)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -32,8 +34,7 @@ def clip_grad_norm_(optimizer: Optimizer, max_norm: float, error_if_nonfinite: b
         >>> clip_grad_norm_(torch.optim.SGD([weight], lr=0.1), 1.0)
         tensor(5.)
     """
-    if isinstance(max_norm, bool) or not isinstance(max_norm, (int, float)) or not max_norm > 0:
-        raise ValueError(f"max_norm must be a number > 0, got {max_norm!r}")
+    check_largest("max_norm", max_norm, "a number > 0")
     if getattr(optimizer, "_per_layer", None) is not None:
         raise RuntimeError("per-layer updates clip by themselves: give max_grad_norm to enable_per_layer")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -41,6 +42,12 @@ def clip_grad_norm_(optimizer: Optimizer, max_norm: float, error_if_nonfinite: b
     norm = total_norm(gradients, error_if_nonfinite)
     scale(gradients, norm, max_norm)
     return norm
+
+
+def check_largest(name: str, value: Any, allowed: str) -> None:
+    """Raise ValueError, saying what is allowed, where a largest norm is not a number > 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def total_norm(gradients: list[Tensor], error_if_nonfinite: bool = False) -> Tensor:

@@ -22,11 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from q_galore_torch.integrations.distributed import wrapper_of
-from q_galore_torch.optim.clip import scale, total_norm
+from q_galore_torch.optim.clip import check_largest, scale, total_norm
 from q_galore_torch.optim.galore_adamw import QGaLoreAdamW8bit
 from q_galore_torch.optim.update import Work, is_low_rank
 
-_CLIPS = ("global", "per_parameter", "last_norm")
+CLIPS = ("global", "per_parameter", "last_norm")
 _PARTLY = "what the backward pass had reached before it was updated; call abort_window() of the per-layer handle"
 
 
@@ -82,11 +82,9 @@ def enable_per_layer(
     if not isinstance(accumulation_steps, int) or isinstance(accumulation_steps, bool) or accumulation_steps < 1:
         raise ValueError(f"accumulation_steps must be an integer >= 1, got {accumulation_steps!r}")
     if max_grad_norm is not None:
-        number = isinstance(max_grad_norm, (int, float)) and not isinstance(max_grad_norm, bool)
-        if not number or not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be a number > 0 or None, got {max_grad_norm!r}")
-    if clip not in _CLIPS:
-        raise ValueError(f"clip must be one of {', '.join(_CLIPS)}, got {clip!r}")
+        check_largest("max_grad_norm", max_grad_norm, "a number > 0 or None")
+    if clip not in CLIPS:
+        raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {clip!r}")
     if max_grad_norm is None and clip != "global":
         raise ValueError(f"clip={clip!r} needs a max_grad_norm")
     if ddp is not None and not isinstance(ddp, DistributedDataParallel):
@@ -126,9 +124,9 @@ class PerLayer:
             self.refuse_group(group)
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             raise RuntimeError("the parameters hold gradients already: call zero_grad() before enable_per_layer")
-        self._refuse_unknown_ddp()
+        self._refuse_unknown_ddp(optimizer)
         self._reset()
-        self._attach()
+        self._attach(optimizer)
         optimizer._per_layer = self
         # GradScaler then hands over to step(), which can refuse it; otherwise it fails on gradients that are gone.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
@@ -151,18 +149,14 @@ class PerLayer:
 
     # ------------------------------------------------------------ hooks
 
-    def _attach(self) -> None:
+    def _attach(self, optimizer: QGaLoreAdamW8bit) -> None:
         """Hook every parameter that requires a gradient and has no hook yet."""
-        for group in self._owner_groups():
+        for group in optimizer.param_groups:
             for parameter in group["params"]:
                 hooked = self._hooks.get(id(parameter))
                 if parameter.requires_grad and (hooked is None or hooked[0]() is not parameter):
                     handle = parameter.register_post_accumulate_grad_hook(_Hook(self))
                     self._hooks[id(parameter)] = weakref.ref(parameter), handle
-
-    def _owner_groups(self) -> list[dict[str, Any]]:
-        optimizer = self._optimizer()
-        return [] if optimizer is None else optimizer.param_groups
 
     @torch.no_grad()
     def on_gradient(self, parameter: Tensor) -> None:
@@ -201,11 +195,11 @@ class PerLayer:
             )
         if self._passes == self.accumulation_steps:
             self._fail(f"more backward passes than accumulation_steps={self.accumulation_steps} came before step()")
+        optimizer = self._owner()
         if not self._checked_ddp:
-            self._refuse_unknown_ddp()
+            self._refuse_unknown_ddp(optimizer)
             self._checked_ddp = True
         self._task = task  # first, so that step() refuses a pass that ends here
-        optimizer = self._owner()
         optimizer._prepare()
         self._places = {id(entry[0]): entry for entry in optimizer._parameters()}
         torch.autograd.Variable._execution_engine.queue_callback(self._leave)
@@ -276,7 +270,7 @@ class PerLayer:
             self.grad_norm = torch.nn.utils.get_total_norm(self._norms).item()
             self._remember(optimizer, self.grad_norm if math.isfinite(self.grad_norm) else 0.0)
         self._reset()
-        self._attach()
+        self._attach(optimizer)
 
     def _remember(self, optimizer: QGaLoreAdamW8bit, norm: float) -> None:
         for group in optimizer.param_groups:
@@ -299,7 +293,7 @@ class PerLayer:
         self._reset()
         optimizer.zero_grad()
         optimizer._mark_due()
-        self._attach()
+        self._attach(optimizer)
 
     def remove(self) -> None:
         """Go back to the ordinary mode.
@@ -338,12 +332,12 @@ class PerLayer:
                 "train in bfloat16, or call remove() of the per-layer handle"
             )
 
-    def _refuse_unknown_ddp(self) -> None:
+    def _refuse_unknown_ddp(self, optimizer: QGaLoreAdamW8bit) -> None:
         """Gradients that a reducer has not summed yet must not be used."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self._ddp is not None or not distributed:
             return
-        if wrapper_of([p for group in self._owner_groups() for p in group["params"]]) is not None:
+        if wrapper_of([p for group in optimizer.param_groups for p in group["params"]]) is not None:
             raise RuntimeError("the model is in a DistributedDataParallel: give it to enable_per_layer as ddp=")
 
 
