@@ -2,8 +2,10 @@
  *
  * Conventions
  *   - Every function returns a qg_status; qg_last_error() holds the sentence of this thread's last failure.
- *   - Nothing here allocates, prints or keeps state, and only the calls on subspaces wait for a device. Scratch memory
- *     comes from the caller; its size is asked for first.
+ *   - Nothing here allocates, prints or keeps state; only the calls on subspaces and those that encode wait for a
+ *     device. Scratch memory comes from the caller; its size is asked for first.
+ *   - Arrays and scratch are in the memory of the backend's device: the host's, or that of a GPU. Lists of structs, and
+ *     what is said to be so, are the host's.
  *   - Arrays are row-major and contiguous. Sizes and indices are int64_t, byte counts size_t. An empty array (a size of
  *     zero) is a success that touches nothing; its pointer may be NULL. Pointers need only the alignment of their type.
  *   - Inputs and outputs must not overlap unless a comment says they may.
@@ -142,7 +144,7 @@ qg_status qg_cpu_trtri(const qg_linalg *linalg, int64_t n, const float *lower, f
 qg_status qg_cpu_qr(const qg_linalg *linalg, int64_t rows, int64_t cols, float *a, float *q, void *work);
 size_t qg_cpu_work_size(const qg_linalg *linalg, int64_t rows, int64_t cols);
 
-/* The kernels of one device at one SIMD level (csrc/core/backend.h). Opaque to callers. */
+/* The kernels of one device: of the CPU at one SIMD level, or of a GPU (csrc/core/backend.h). Opaque to callers. */
 typedef struct qg_backend qg_backend;
 
 /* The best SIMD level that this CPU and this build have. */
@@ -207,8 +209,19 @@ qg_status qg_dynamic8_dequantize(
     int is_signed,
     const qg_backend *backend);
 
-/* out = max |source[i]|, +infinity if any element is not finite, 0 for count == 0. FLOAT32, BFLOAT16 or FLOAT16. */
-qg_status qg_absmax(float *out, const void *source, qg_format source_format, int64_t count, const qg_backend *backend);
+/* Some numbers: FLOAT32, BFLOAT16 or FLOAT16. */
+typedef struct qg_array {
+    const void *data;
+    int64_t count;
+    qg_format format;
+} qg_array;
+
+/* out[i] = max |x| of arrays[i], +infinity if any element is not finite, 0 for none. */
+qg_status qg_absmax(
+    float *out,             /* [count] */
+    const qg_array *arrays, /* [count] */
+    int64_t count,
+    const qg_backend *backend);
 
 /* ---------------------------------------------------------------- steps */
 
@@ -228,6 +241,9 @@ typedef struct qg_step_params {
     double norm_growth_limit;
 } qg_step_params;
 
+/* A gradient with a larger magnitude, or one that is not finite, enters no moments: its square would overflow. */
+#define QG_LARGEST_GRADIENT 1e18f
+
 /* One parameter of a step. `gradient` has the weight's shape (grad_format FLOAT32, BFLOAT16 or FLOAT16) or, for a
  * galore step with low_rank_gradient, R's shape (r x k; r x r on both sides). The moments have the weight's shape for
  * adam8 (and their blocks run along the flat weight), R's shape for galore. The step counts start at 1 and already
@@ -246,19 +262,27 @@ typedef struct qg_step_task {
     int64_t bias_step;  /* bias correction: updates since the moments were last reset */
     int64_t *stats;     /* [2] or NULL: groups shifted, groups re-ranged are added here (INT8 weights) */
     double *norm; /* with norm_growth_limit: ||N|| of the step before, 0 for none (no limit then); becomes this one's */
+    const float
+        *gradient_absmax; /* [1] or NULL: max |g| (qg_absmax); above QG_LARGEST_GRADIENT the task is left as it is */
 } qg_step_task;
 
-/* Scratch for a list of tasks: the largest task's need, not the sum. */
+/* Scratch for a list of tasks: the largest task's need on the CPU; on a GPU small ones run side by side, in some MB. */
 qg_status qg_adam8_scratch_size(
     const qg_step_task *tasks,
     int64_t count,
     const qg_step_params *params,
     const qg_backend *backend,
     size_t *bytes);
-qg_status qg_galore_scratch_size(const qg_step_task *tasks, int64_t count, const qg_step_params *params, size_t *bytes);
+qg_status qg_galore_scratch_size(
+    const qg_step_task *tasks,
+    int64_t count,
+    const qg_step_params *params,
+    const qg_backend *backend,
+    size_t *bytes);
 
 /* AdamW on each task's weight: moments updated from the gradient, then W <- W (1 - lr wd) - lr scale N.
- * Every task is checked before the first one is run. The gradients must be finite with |g| <= 1e18 (qg_absmax). */
+ * Every task is checked before the first one is run. Without gradient_absmax the gradients must be finite with |g| <=
+ * QG_LARGEST_GRADIENT. */
 qg_status qg_adam8_step(
     const qg_step_task *tasks,
     int64_t count,
@@ -365,6 +389,36 @@ qg_status qg_captured_energy(
     size_t scratch_size,
     const qg_backend *backend,
     const qg_linalg *linalg);
+
+/* ---------------------------------------------------------------- CUDA (libq_galore_cuda13.so) */
+
+/* One GPU with its kernels and libraries. Not for two threads at a time. The functions of this part are those that the
+ * library exports; it holds nothing else of this interface, and qg_last_error() does not know of its failures. */
+typedef struct qg_cuda qg_cuda;
+
+typedef struct qg_cuda_params {
+    uint32_t struct_size;
+    int32_t device;
+    int32_t allow_tf32; /* 1: FLOAT32 products may round their factors to TF32 */
+} qg_cuda_params;
+
+/* Open a GPU. `message` [message_size] holds one sentence if that fails. cuBLAS and cuSOLVER are opened when they are
+ * needed first, by name, where the process has them already those. */
+qg_status qg_cuda_open(qg_cuda **cuda, const qg_cuda_params *params, char *message, size_t message_size);
+void qg_cuda_close(qg_cuda *cuda);
+
+/* What follows in this thread runs on `stream` (a cudaStream_t of this GPU, not the default stream of value 0 while
+ * it is captured) and gives cuBLAS `workspace` (in device memory; 8 MB do, 32 MB are better on Hopper). end puts the
+ * thread's current device back. */
+qg_status qg_cuda_begin(qg_cuda *cuda, void *stream, void *workspace, size_t workspace_size);
+void qg_cuda_end(qg_cuda *cuda);
+
+/* The tables to hand to the calls above; they are the GPU's until it is closed. */
+const qg_backend *qg_cuda_backend(qg_cuda *cuda);
+const qg_linalg *qg_cuda_linalg(qg_cuda *cuda);
+
+/* The sentence of the last failure of a call of this part. */
+const char *qg_cuda_error(const qg_cuda *cuda);
 
 #ifdef __cplusplus
 }
