@@ -134,12 +134,13 @@ Tensor dynamic8_dequantize(const Tensor &codes, const Tensor &maxima, bool is_si
 Tensor absmax(const Tensors &tensors) {
     const char *op = "absmax";
     Tensor out = empty({static_cast<int64_t>(tensors.size())}, ScalarType::Float);
-    float *values = static_cast<float *>(out.data_ptr());
+    std::vector<qg_array> arrays(tensors.size());
     for (size_t i = 0; i < tensors.size(); i++) {
         check_tensor({op, "tensors", static_cast<int64_t>(i)}, tensors[i], FLOATS);
-        check_status(
-            op, qg_absmax(&values[i], tensors[i].data_ptr(), float_format(tensors[i]), tensors[i].numel(), backend()));
+        arrays[i] = {tensors[i].data_ptr(), tensors[i].numel(), float_format(tensors[i])};
     }
+    const int64_t count = static_cast<int64_t>(arrays.size());
+    check_status(op, qg_absmax(static_cast<float *>(out.data_ptr()), arrays.data(), count, backend()));
     return out;
 }
 

@@ -258,7 +258,7 @@ void galore_step(
         static_cast<uint64_t>(seed), gemm_format, norm_growth_limit};
     const int64_t count = static_cast<int64_t>(tasks.size());
     size_t bytes = 0;
-    check_status(op, qg_galore_scratch_size(tasks.data(), count, &params, &bytes));
+    check_status(op, qg_galore_scratch_size(tasks.data(), count, &params, backend(), &bytes));
     const Tensor scratch = scratch_of(bytes);
     check_status(
         op, qg_galore_step(tasks.data(), count, &params, scratch.data_ptr(), bytes, backend(), torch_linalg()));

@@ -165,10 +165,17 @@ struct qg_backend {
     /* *out = the sum of source[i]^2 in double, in an order that depends on count alone: 16 lanes of 64 ranges. */
     void (*sum_squares)(double *out, const void *source, qg_format format, int64_t count, void *queue);
 
-    /* *norm is the norm of the step before (0: none), *squares that of this one's N squared. Where the norm has grown to
-     * more than growth times the one before, *rate = rate most / norm and *norm = most, that product; else *rate = rate
-     * and *norm is this one's. */
-    void (*limit_growth)(float *rate_out, double *norm, const double *squares, double growth, double rate, void *queue);
+    /* *norm is the norm of the step before (0: none), *squares that of this one's N, squared. Where the norm has grown to
+     * more than growth times the one before, *rate_out = rate most / norm and *norm = most, that product; else *rate_out
+     * = rate and *norm is this one's. gradient_absmax as in the items: *norm stays as it is then. */
+    void (*limit_growth)(
+        float *rate_out,
+        double *norm,
+        const double *squares,
+        double growth,
+        double rate,
+        const float *gradient_absmax,
+        void *queue);
 
     /* target = source sqrt(rows / *squares); target may be source's own memory where that is float32. */
     void (*normalise)(

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdio.h>
 
+#include "core/backend.h"
 #include "core/layout.h"
 #include "core/status.h"
 
@@ -19,6 +20,12 @@ qg_status qg_check_sizes(const char *what, int64_t rows, int64_t cols) {
 qg_status qg_check_backend(const qg_backend *backend) {
     return backend != NULL ? QG_SUCCESS
                            : qg_fail(QG_INVALID_ARGUMENT, "backend: expected a table of kernels, got NULL");
+}
+
+qg_status qg_finish(const qg_backend *backend, qg_status status) {
+    const char *sentence = "";
+    const qg_status failure = backend->failure == NULL ? QG_SUCCESS : backend->failure(&sentence, backend->queue);
+    return failure == QG_SUCCESS ? status : qg_fail(failure, "%s", sentence);
 }
 
 qg_status qg_check_scratch(const void *scratch, size_t have, size_t need) {
@@ -201,7 +208,10 @@ static qg_status check_projection(const qg_step_task *task, int64_t index) {
     }
 }
 
-static qg_status check_norm(const qg_step_task *task, int64_t index) {
+static qg_status check_norm(const qg_step_task *task, int64_t index, const qg_backend *backend) {
+    if (task->norm != NULL && backend->asynchronous) {
+        return QG_SUCCESS; /* not for the host to read */
+    }
     if (task->norm == NULL || !(*task->norm >= 0.0 && isfinite(*task->norm))) {
         return qg_fail(
             QG_INVALID_ARGUMENT, "task %lld: norm_growth_limit needs a norm that is finite and >= 0, got %g",
@@ -210,7 +220,12 @@ static qg_status check_norm(const qg_step_task *task, int64_t index) {
     return QG_SUCCESS;
 }
 
-static qg_status check_task(const qg_step_task *task, int64_t index, const qg_step_params *params, int projected) {
+static qg_status check_task(
+    const qg_step_task *task,
+    int64_t index,
+    const qg_step_params *params,
+    int projected,
+    const qg_backend *backend) {
     qg_status status = check_weight(&task->weight, index);
     if (status != QG_SUCCESS || task->weight.rows == 0 || task->weight.cols == 0) {
         return status;
@@ -233,16 +248,21 @@ static qg_status check_task(const qg_step_task *task, int64_t index, const qg_st
             QG_INVALID_ARGUMENT, "task %lld: expected bias_step >= 1 and noise_step >= 0, got %lld and %lld",
             (long long)index, (long long)task->bias_step, (long long)task->noise_step);
     }
-    return projected && params->norm_growth_limit > 0.0 ? check_norm(task, index) : QG_SUCCESS;
+    return projected && params->norm_growth_limit > 0.0 ? check_norm(task, index, backend) : QG_SUCCESS;
 }
 
-qg_status qg_check_tasks(const qg_step_task *tasks, int64_t count, const qg_step_params *params, int projected) {
+qg_status qg_check_tasks(
+    const qg_step_task *tasks,
+    int64_t count,
+    const qg_step_params *params,
+    int projected,
+    const qg_backend *backend) {
     if (count < 0 || (count > 0 && tasks == NULL)) {
         return qg_fail(QG_INVALID_ARGUMENT, "tasks: expected count >= 0 and a list, got %lld", (long long)count);
     }
     qg_status status = check_params(params);
     for (int64_t i = 0; status == QG_SUCCESS && i < count; i++) {
-        status = check_task(&tasks[i], i, params, projected);
+        status = check_task(&tasks[i], i, params, projected, backend);
     }
     return status;
 }

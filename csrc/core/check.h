@@ -16,6 +16,14 @@ qg_status qg_check_scratch(const void *scratch, size_t have, size_t need);
 qg_status qg_check_sizes(const char *what, int64_t rows, int64_t cols);
 
 /* Every task of a step; `projected`: of a galore step, so projector and side are checked too. */
-qg_status qg_check_tasks(const qg_step_task *tasks, int64_t count, const qg_step_params *params, int projected);
+qg_status qg_check_tasks(
+    const qg_step_task *tasks,
+    int64_t count,
+    const qg_step_params *params,
+    int projected,
+    const qg_backend *backend);
+
+/* `status`, or what has failed on the backend's device since it was asked last. */
+qg_status qg_finish(const qg_backend *backend, qg_status status);
 
 #endif

@@ -3,8 +3,6 @@
 #include "core/check.h"
 #include "core/status.h"
 
-#include <math.h>
-
 /* ---------------------------------------------------------------- checks */
 
 static qg_status check_pointer(const char *what, const void *pointer) {
@@ -31,12 +29,12 @@ static qg_status check_finite(
     qg_format format,
     int64_t count,
     const qg_backend *backend) {
-    float largest;
-    backend->absmax(&largest, source, format, count);
-    if (isinf(largest)) {
+    const int finite = backend->finite(source, format, count, backend->queue);
+    const qg_status status = qg_finish(backend, QG_SUCCESS);
+    if (status == QG_SUCCESS && !finite) {
         return qg_fail(QG_INVALID_ARGUMENT, "%s: holds a value that is not finite", what);
     }
-    return QG_SUCCESS;
+    return status;
 }
 
 static qg_status check_int8_weight(const qg_weight *weight) {
@@ -98,28 +96,38 @@ qg_status qg_noise(
         return status;
     }
     const qg_noise_stream stream = {.seed = seed, .step = step, .id = id};
-    backend->noise(out, &stream, start, count);
-    return QG_SUCCESS;
+    backend->noise(out, &stream, start, count, backend->queue);
+    return qg_finish(backend, QG_SUCCESS);
 }
 
-qg_status qg_absmax(float *out, const void *source, qg_format source_format, int64_t count, const qg_backend *backend) {
+static qg_status check_array(const qg_array *array) {
+    qg_status status = qg_check_sizes("array", 1, array->count);
+    if (status == QG_SUCCESS) {
+        status = check_float_format("array", array->format, 1);
+    }
+    return status == QG_SUCCESS && array->count > 0 ? check_pointer("array", array->data) : status;
+}
+
+qg_status qg_absmax(float *out, const qg_array *arrays, int64_t count, const qg_backend *backend) {
     qg_status status = qg_check_backend(backend);
+    if (status == QG_SUCCESS && count < 0) {
+        status = qg_fail(QG_INVALID_ARGUMENT, "count: expected a number >= 0, got %lld", (long long)count);
+    }
+    if (status != QG_SUCCESS || count == 0) {
+        return status;
+    }
+    status = check_pointer("out", out);
     if (status == QG_SUCCESS) {
-        status = check_pointer("out", out);
+        status = check_pointer("arrays", arrays);
     }
-    if (status == QG_SUCCESS) {
-        status = qg_check_sizes("source", 1, count);
+    for (int64_t i = 0; status == QG_SUCCESS && i < count; i++) {
+        status = check_array(&arrays[i]);
     }
-    if (status == QG_SUCCESS) {
-        status = check_float_format("source", source_format, 1);
+    if (status != QG_SUCCESS) {
+        return status;
     }
-    if (status == QG_SUCCESS && count > 0) {
-        status = check_pointer("source", source);
-    }
-    if (status == QG_SUCCESS) {
-        backend->absmax(out, source, source_format, count);
-    }
-    return status;
+    backend->absmax(out, arrays, count, backend->queue);
+    return qg_finish(backend, QG_SUCCESS);
 }
 
 /* ---------------------------------------------------------------- INT8 weights */
@@ -143,10 +151,11 @@ qg_status qg_int8_quantize(
         return status;
     }
     status = check_finite("source", source, source_format, weight->rows * weight->cols, backend);
-    if (status == QG_SUCCESS) {
-        backend->int8_quantize(weight, source, source_format);
+    if (status != QG_SUCCESS) {
+        return status;
     }
-    return status;
+    backend->int8_quantize(weight, source, source_format, backend->queue);
+    return qg_finish(backend, QG_SUCCESS);
 }
 
 qg_status qg_int8_dequantize(
@@ -164,10 +173,11 @@ qg_status qg_int8_dequantize(
     if (status != QG_SUCCESS || weight->rows * weight->cols == 0) {
         return status;
     }
-    if ((status = check_pointer("target", target)) == QG_SUCCESS) {
-        backend->int8_dequantize(weight, target, target_format);
+    if ((status = check_pointer("target", target)) != QG_SUCCESS) {
+        return status;
     }
-    return status;
+    backend->int8_dequantize(weight, target, target_format, backend->queue);
+    return qg_finish(backend, QG_SUCCESS);
 }
 
 /* ---------------------------------------------------------------- projectors */
@@ -184,10 +194,11 @@ qg_status qg_projector_quantize(const qg_projector *projector, const float *sour
         return status;
     }
     status = check_finite("source", source, QG_FLOAT32, projector->rank * projector->dim, backend);
-    if (status == QG_SUCCESS) {
-        backend->projector_quantize(projector, source);
+    if (status != QG_SUCCESS) {
+        return status;
     }
-    return status;
+    backend->projector_quantize(projector, source, backend->queue);
+    return qg_finish(backend, QG_SUCCESS);
 }
 
 qg_status qg_projector_dequantize(
@@ -205,10 +216,12 @@ qg_status qg_projector_dequantize(
     if (status != QG_SUCCESS || projector->rank * projector->dim == 0) {
         return status;
     }
-    if ((status = check_pointer("target", target)) == QG_SUCCESS) {
-        backend->projector_dequantize(projector, 0, projector->rank, 0, projector->dim, target, target_format);
+    if ((status = check_pointer("target", target)) != QG_SUCCESS) {
+        return status;
     }
-    return status;
+    const qg_decode_item item = {projector, 0, projector->rank, 0, projector->dim, target};
+    backend->projector_dequantize(&item, 1, target_format, backend->queue);
+    return qg_finish(backend, QG_SUCCESS);
 }
 
 /* ---------------------------------------------------------------- dynamic map */
@@ -230,10 +243,11 @@ qg_status qg_dynamic8_quantize(
         return qg_fail(QG_INVALID_ARGUMENT, "codes, absmax, source: expected three arrays, one of them is NULL");
     }
     status = check_finite("source", source, QG_FLOAT32, rows * cols, backend);
-    if (status == QG_SUCCESS) {
-        backend->dynamic8_quantize(codes, absmax, source, rows, cols, block, is_signed);
+    if (status != QG_SUCCESS) {
+        return status;
     }
-    return status;
+    backend->dynamic8_quantize(codes, absmax, source, rows, cols, block, is_signed, backend->queue);
+    return qg_finish(backend, QG_SUCCESS);
 }
 
 qg_status qg_dynamic8_dequantize(
@@ -252,6 +266,6 @@ qg_status qg_dynamic8_dequantize(
     if (target == NULL || codes == NULL || absmax == NULL) {
         return qg_fail(QG_INVALID_ARGUMENT, "target, codes, absmax: expected three arrays, one of them is NULL");
     }
-    backend->dynamic8_dequantize(target, codes, absmax, rows, cols, block, is_signed);
-    return QG_SUCCESS;
+    backend->dynamic8_dequantize(target, codes, absmax, rows, cols, block, is_signed, backend->queue);
+    return qg_finish(backend, QG_SUCCESS);
 }

@@ -191,6 +191,16 @@ QG_INLINE float qg_adam_normalised(float m, float v, const qg_adam_coefficients 
     return (m * c->bias1) / (sqrtf(v) * c->bias2 + c->eps);
 }
 
+/* ---------------------------------------------------------------- a limit on the growth of ||N|| */
+
+/* *norm is the norm of the step before (0: none) and becomes this one's; the rate shrinks what has grown too much. */
+QG_INLINE void qg_limit_growth(float *rate_out, double *norm, double squares, double growth, double rate) {
+    const double now = sqrt(squares), most = growth * *norm;
+    const int limited = *norm > 0.0 && now > most;
+    *rate_out = (float)(limited ? rate * (most / now) : rate);
+    *norm = limited ? most : now;
+}
+
 /* ---------------------------------------------------------------- float weights */
 
 QG_INLINE float qg_updated_weight(float w, float u, const qg_update_coefficients *c) {

@@ -216,7 +216,24 @@ static job make_job(const plan *p, void *scratch, const qg_backend *backend, con
 
 /* The one place where the host waits for the device. */
 static void look(job *j) {
-    j->backend->fetch(&j->seen, j->device, sizeof j->seen);
+    j->backend->fetch(&j->seen, j->device, sizeof j->seen, j->backend->queue);
+}
+
+static void sum_squares(const job *j, double *out, const void *source, qg_format format, int64_t count) {
+    j->backend->sum_squares(out, source, format, count, j->backend->queue);
+}
+
+/* target [rows, cols] <- source, both contiguous. */
+static void copy(
+    const job *j,
+    void *target,
+    qg_format target_format,
+    const void *source,
+    qg_format source_format,
+    int64_t rows,
+    int64_t cols) {
+    const qg_cast_item item = {target, source, source_format, rows, cols, cols};
+    j->backend->cast(&item, 1, target_format, j->backend->queue);
 }
 
 static void swap(job *j) {
@@ -269,7 +286,7 @@ static qg_status make_gram(job *j, int64_t rank, int64_t length) {
             return status;
         }
     }
-    j->backend->shift_gram(&j->device->distance[j->bases], j->gram, rank);
+    j->backend->shift_gram(&j->device->distance[j->bases], j->gram, rank, j->backend->queue);
     return QG_SUCCESS;
 }
 
@@ -366,7 +383,7 @@ static qg_status condition(job *j, int64_t rank, int64_t length) {
     if (j->broken) {
         return householder(j, rank, length);
     }
-    j->backend->sum_squares(&j->device->conditioned[slot], j->current, QG_FLOAT32, rank * length);
+    sum_squares(j, &j->device->conditioned[slot], j->current, QG_FLOAT32, rank * length);
     if (j->looking) {
         look(j);
         return well_conditioned(j->seen.conditioned[0], rank) ? status : orthonormalise(j, rank, length);
@@ -377,7 +394,7 @@ static qg_status condition(job *j, int64_t rank, int64_t length) {
 /* The rows of a basis, orthonormal, in `current`; broken for a basis of zeros or with values that are not finite
  * (or of no size that a basis has). */
 static qg_status load_basis(job *j, const float *basis, int64_t rank, int64_t dim) {
-    j->backend->sum_squares(&j->device->squares, basis, QG_FLOAT32, rank * dim);
+    sum_squares(j, &j->device->squares, basis, QG_FLOAT32, rank * dim);
     if (j->looking) {
         look(j);
         j->broken = !(j->seen.squares >= LEAST && j->seen.squares <= 1.0 / LEAST);
@@ -387,7 +404,7 @@ static qg_status load_basis(job *j, const float *basis, int64_t rank, int64_t di
     }
     /* Rows of norm 1 on average: a basis that is nearly orthonormal, as a stored one is, then needs no shift, which
      * would cost it a second pass. */
-    j->backend->normalise(j->current, basis, QG_FLOAT32, rank * dim, rank, &j->device->squares);
+    j->backend->normalise(j->current, basis, QG_FLOAT32, rank * dim, rank, &j->device->squares, j->backend->queue);
     return orthonormalise(j, rank, dim);
 }
 
@@ -410,7 +427,8 @@ static qg_status multiply_part(const job *j, int64_t rank, int along_rows, int64
     int64_t stride = j->cols;
     if (j->grad_format != j->gemm_format || j->scale != 1.0f) {
         const int64_t rows = along_rows ? count : j->rows, cols = along_rows ? j->cols : count;
-        j->backend->scaled_cast(j->tile, j->gemm_format, g, j->grad_format, rows, cols, j->cols, j->scale);
+        j->backend->scaled_cast(
+            j->tile, j->gemm_format, g, j->grad_format, rows, cols, j->cols, j->scale, j->backend->queue);
         g = j->tile;
         stride = cols;
     }
@@ -427,7 +445,7 @@ static qg_status multiply(job *j, int64_t rank, int along_rows) {
     const int direct = j->grad_format == j->gemm_format && j->scale == 1.0f;
     const int64_t tile = direct ? out : along_rows ? j->plan.tile_rows : j->plan.tile_cols;
     if (j->gemm_format != QG_FLOAT32) {
-        j->backend->cast(j->spare, j->gemm_format, j->current, QG_FLOAT32, rank, length, length);
+        copy(j, j->spare, j->gemm_format, j->current, QG_FLOAT32, rank, length);
     }
     for (int64_t first = 0; first < out; first += tile) {
         qg_status status = multiply_part(j, rank, along_rows, first, qg_smaller(tile, out - first));
@@ -435,7 +453,7 @@ static qg_status multiply(job *j, int64_t rank, int along_rows) {
             return status;
         }
     }
-    j->backend->sum_squares(&j->device->product_squares, product_of(j), j->gemm_format, rank * out);
+    sum_squares(j, &j->device->product_squares, product_of(j), j->gemm_format, rank * out);
     return QG_SUCCESS;
 }
 
@@ -449,7 +467,8 @@ static void take_product(job *j, int64_t rank, int64_t length) {
         }
     }
     float *target = j->gemm_format == QG_FLOAT32 ? j->spare : j->current;
-    j->backend->normalise(target, product_of(j), j->gemm_format, rank * length, 1, &j->device->product_squares);
+    j->backend->normalise(
+        target, product_of(j), j->gemm_format, rank * length, 1, &j->device->product_squares, j->backend->queue);
     if (target == j->spare) {
         swap(j);
     }
@@ -458,8 +477,9 @@ static void take_product(job *j, int64_t rank, int64_t length) {
 /* ||G||^2 and, where the job looks, the power of two that G is scaled by; broken where G is zero or not finite. */
 static void measure_gradient(job *j) {
     const int64_t count = j->rows * j->cols;
-    j->backend->absmax(&j->device->gradient_absmax, j->gradient, j->grad_format, count);
-    j->backend->sum_squares(&j->device->gradient_squares, j->gradient, j->grad_format, count);
+    const qg_array gradient = {j->gradient, count, j->grad_format};
+    j->backend->absmax(&j->device->gradient_absmax, &gradient, 1, j->backend->queue);
+    sum_squares(j, &j->device->gradient_squares, j->gradient, j->grad_format, count);
     if (j->looking) {
         look(j);
         const float absmax = j->seen.gradient_absmax;
@@ -529,7 +549,7 @@ static qg_status take_steps(const refresh *r, qg_subspace_report *report) {
         status = multiply(j, r->rank, r->right);
     }
     if (status == QG_SUCCESS && !j->broken) {
-        j->backend->sum_squares(&j->device->first_squares, product_of(j), j->gemm_format, r->rank * r->other);
+        sum_squares(j, &j->device->first_squares, product_of(j), j->gemm_format, r->rank * r->other);
     }
     const int32_t most = r->steps == 0 ? (int32_t)(sizeof ENOUGH / sizeof *ENOUGH) : r->steps;
     double before = 0.0;
@@ -630,18 +650,18 @@ qg_status qg_subspace_refresh(
         qg_subspace_report found = nothing;
         status = take_steps(&r, &found);
         if (status != QG_SUCCESS) {
-            return status;
+            return qg_finish(backend, status);
         }
         report->fallbacks = j.fallbacks;
         if (!j.broken) {
             found.kept = 0;
             found.fallbacks = j.fallbacks;
             *report = found;
-            backend->cast(basis, QG_FLOAT32, j.current, QG_FLOAT32, rank, r.dim, r.dim);
-            return QG_SUCCESS;
+            copy(&j, basis, QG_FLOAT32, j.current, QG_FLOAT32, rank, r.dim);
+            return qg_finish(backend, QG_SUCCESS);
         }
     }
-    return QG_SUCCESS;
+    return qg_finish(backend, QG_SUCCESS);
 }
 
 /* ---------------------------------------------------------------- random bases */
@@ -671,13 +691,14 @@ qg_status qg_subspace_random(
     const plan p = make_plan(1, dim, rank, 1, linalg);
     const qg_noise_stream stream = {.seed = seed, .step = (UINT64_C(1) << 63) + draw, .id = id};
     job j = make_job(&p, scratch, backend, linalg);
-    backend->bell(j.spare, &stream, rank * dim);
+    backend->bell(j.spare, &stream, rank * dim, backend->queue);
     status = load_basis(&j, j.spare, rank, dim);
+    if (status == QG_SUCCESS && !j.broken) {
+        copy(&j, basis, QG_FLOAT32, j.current, QG_FLOAT32, rank, dim);
+    }
+    status = qg_finish(backend, status);
     if (status == QG_SUCCESS && j.broken) {
         return qg_fail(QG_INTERNAL, "the random vectors could not be orthonormalised");
-    }
-    if (status == QG_SUCCESS) {
-        backend->cast(basis, QG_FLOAT32, j.current, QG_FLOAT32, rank, dim, dim);
     }
     return status;
 }
@@ -697,17 +718,17 @@ static qg_status capture_both(job *j, const float *right, int64_t right_rank, co
     if (status != QG_SUCCESS || j->broken) {
         return status;
     }
-    j->backend->cast(kept, QG_FLOAT32, j->current, QG_FLOAT32, left_rank, j->rows, j->rows);
+    copy(j, kept, QG_FLOAT32, j->current, QG_FLOAT32, left_rank, j->rows);
     status = capture(j, right, right_rank, 1);
     if (status != QG_SUCCESS || j->broken) {
         return status;
     }
     if (j->gemm_format != QG_FLOAT32) {
-        j->backend->cast(j->current, QG_FLOAT32, product_of(j), j->gemm_format, right_rank, j->rows, j->rows);
+        copy(j, j->current, QG_FLOAT32, product_of(j), j->gemm_format, right_rank, j->rows);
         swap(j);
     }
     status = gemm32(j, left_rank, right_rank, j->rows, kept, j->rows, j->spare, 1, j->rows, j->current, right_rank);
-    j->backend->sum_squares(&j->device->product_squares, j->current, QG_FLOAT32, left_rank * right_rank);
+    sum_squares(j, &j->device->product_squares, j->current, QG_FLOAT32, left_rank * right_rank);
     return status;
 }
 
@@ -760,6 +781,9 @@ qg_status qg_captured_energy(
     j.rows = rows;
     j.cols = cols;
     measure_gradient(&j);
+    if ((status = qg_finish(backend, QG_SUCCESS)) != QG_SUCCESS) {
+        return status;
+    }
     if (isinf(j.seen.gradient_absmax)) {
         return qg_fail(QG_INVALID_ARGUMENT, "gradient: holds a value that is not finite");
     }
@@ -769,10 +793,13 @@ qg_status qg_captured_energy(
     status = sides == 2       ? capture_both(&j, right, right_rank, left, left_rank)
              : right_rank > 0 ? capture(&j, right, right_rank, 1)
                               : capture(&j, left, left_rank, 0);
+    look(&j);
+    status = qg_finish(backend, status);
     if (status == QG_SUCCESS && j.broken) {
         return qg_fail(QG_INVALID_ARGUMENT, "basis: expected finite vectors, not all zero");
     }
-    look(&j);
-    *energy = share(&j, j.seen.product_squares);
+    if (status == QG_SUCCESS) {
+        *energy = share(&j, j.seen.product_squares);
+    }
     return status;
 }

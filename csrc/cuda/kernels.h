@@ -32,6 +32,7 @@ void qg_cuda_limit_growth(
     const double *squares,
     double growth,
     double rate,
+    const float *gradient_absmax,
     void *queue);
 void qg_cuda_normalise(
     float *target,
