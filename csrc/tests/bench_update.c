@@ -14,6 +14,7 @@
 #include <time.h>
 
 #include "core/backend.h"
+#include "single.h"
 
 enum { ROUNDS = 15, WARMUP = 2, LEVELS = 3, GROUP = 256, ELEMENTS = 2048 * 5461 };
 
@@ -97,7 +98,7 @@ int main(void) {
             qg_noise_stream stream = {.seed = 0, .step = (uint64_t)(round + WARMUP), .id = 0};
             coefficients.rate = -coefficients.rate;
             start = now();
-            kernels[level]->update(&weight, 0, ELEMENTS, u, QG_FLOAT32, &coefficients, &stream, NULL);
+            single_update(kernels[level], &weight, 0, ELEMENTS, u, QG_FLOAT32, &coefficients, &stream, NULL);
             seconds = now() - start;
             if (round >= 0) {
                 pass[level][round] = seconds;

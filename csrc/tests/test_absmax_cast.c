@@ -1,6 +1,7 @@
 /* The check for finite gradients (absmax), the sum of squares, and conversions between the float formats. */
 #include "harness.h"
 #include "reference.h"
+#include "single.h"
 
 static const qg_format formats[] = {QG_FLOAT32, QG_BFLOAT16, QG_FLOAT16};
 
@@ -24,7 +25,7 @@ static void test_absmax(void) {
             for (int threads = 1; level(simd) != NULL && threads <= 3; threads += 2) {
                 float *got = guarded(4, 0);
                 omp_set_num_threads(threads);
-                CHECK_OK(qg_absmax(got, count == 0 ? NULL : source, format, count, level(simd)));
+                CHECK_OK(qg_absmax(got, &(qg_array){count == 0 ? NULL : source, count, format}, 1, level(simd)));
                 CHECK_BYTES(got, &want, 4, "absmax of case %d, level %d", c, simd);
             }
         }
@@ -48,7 +49,7 @@ static void test_sum_squares(void) {
             for (int threads = 1; level(simd) != NULL && threads <= 3; threads++) {
                 double *got = guarded(8, 8);
                 omp_set_num_threads(threads);
-                level(simd)->sum_squares(got, source, QG_FLOAT32, count);
+                level(simd)->sum_squares(got, source, QG_FLOAT32, count, NULL);
                 want = simd == 0 && threads == 1 ? *got : want;
                 CHECK_BYTES(got, &want, 8, "sum of %lld squares, level %d", (long long)count, simd);
             }
@@ -67,17 +68,23 @@ static void test_absmax_extremes(void) {
     for (int simd = 0; simd < LEVELS; simd++) {
         if (level(simd) == NULL)
             continue;
-        CHECK_OK(qg_absmax(&got, &least, QG_FLOAT32, 1, level(simd)));
+        CHECK_OK(qg_absmax(&got, &(qg_array){&least, 1, QG_FLOAT32}, 1, level(simd)));
         CHECK(got == least, "the least float32 gives %g", got);
-        CHECK_OK(qg_absmax(&got, &most, QG_FLOAT32, 1, level(simd)));
+        CHECK_OK(qg_absmax(&got, &(qg_array){&most, 1, QG_FLOAT32}, 1, level(simd)));
         CHECK(got == most, "the largest float32 gives %g", got);
-        CHECK_OK(qg_absmax(&got, &half, QG_FLOAT16, 1, level(simd)));
+        CHECK_OK(qg_absmax(&got, &(qg_array){&half, 1, QG_FLOAT16}, 1, level(simd)));
         CHECK(got == 0x1p-24f, "the least float16 gives %g", got);
-        CHECK_OK(qg_absmax(&got, &half, QG_BFLOAT16, 1, level(simd)));
+        CHECK_OK(qg_absmax(&got, &(qg_array){&half, 1, QG_BFLOAT16}, 1, level(simd)));
         CHECK(got == 0x1p-133f, "the least bfloat16 gives %g", got);
         for (int i = 0; i < 12; i++) {
             const void *nan = i < 4 ? (const void *)&nans[i] : i < 8 ? &nans_half[i - 4] : &nans_bfloat[i - 8];
-            CHECK_OK(qg_absmax(&got, nan, i < 4 ? QG_FLOAT32 : i < 8 ? QG_FLOAT16 : QG_BFLOAT16, 1, level(simd)));
+            CHECK_OK(qg_absmax(
+                &got,
+                &(qg_array){nan, 1,
+                    i < 4   ? QG_FLOAT32
+                    : i < 8 ? QG_FLOAT16
+                            : QG_BFLOAT16},
+                1, level(simd)));
             CHECK(got == INFINITY, "NaN %d gives %g, level %d", i, got, simd);
         }
     }
@@ -97,7 +104,7 @@ static void test_absmax_threads(void) {
             for (int threads = 1; level(simd) != NULL && threads <= 3; threads++) {
                 float got = -1.0f;
                 omp_set_num_threads(threads);
-                CHECK_OK(qg_absmax(&got, source, format, count, level(simd)));
+                CHECK_OK(qg_absmax(&got, &(qg_array){source, count, format}, 1, level(simd)));
                 CHECK(got == (c < 3 ? 100.0f : INFINITY), "absmax %g, level %d, %d threads", got, simd, threads);
             }
         }
@@ -148,7 +155,7 @@ static void test_cast_values(void) {
             for (int threads = 1; level(simd) != NULL && threads <= 3; threads++) {
                 void *got = guarded((size_t)count * ref_size(to), ref_size(to) * (size_t)(threads - 1));
                 omp_set_num_threads(threads);
-                level(simd)->cast(got, to, source, from, 1, count, count);
+                single_cast(level(simd), got, to, source, from, 1, count, count);
                 int64_t wrong = 0;
                 for (int64_t i = 0; i < count; i++)
                     wrong += !same(to, got, want, i) &&
@@ -180,7 +187,7 @@ static void test_cast_shapes(void) {
             for (int threads = 1; level(simd) != NULL && threads <= 3; threads++) {
                 void *got = guarded((size_t)count * ref_size(to), ref_size(to) * (size_t)(threads - 1));
                 omp_set_num_threads(threads);
-                level(simd)->cast(got, to, source, from, rows, cols, stride);
+                single_cast(level(simd), got, to, source, from, rows, cols, stride);
                 CHECK_BYTES(
                     got, want, (size_t)count * ref_size(to), "shape %d, format %d to %d, level %d", c % 10, from, to,
                     simd);

@@ -2,6 +2,7 @@
  * unprojected weights against adam followed by update. */
 #include "harness.h"
 #include "reference.h"
+#include "single.h"
 
 static const qg_format formats[] = {QG_FLOAT32, QG_BFLOAT16, QG_FLOAT16};
 
@@ -149,8 +150,9 @@ static void test_adam(int c) {
             if (in_place)
                 gradient = memcpy(n, g, (size_t)n_length * 4);
             omp_set_num_threads(threads);
-            level(simd)->adam(
-                &moments, moments_cols, rows, first, cols, gradient, g_format, g_stride, n, n_stride, &coefficients);
+            single_adam(
+                level(simd), &moments, moments_cols, rows, first, cols, gradient, g_format, g_stride, n, n_stride,
+                &coefficients);
             check_equal(got, want, "adam", c, simd);
             for (int64_t row = 0; in_place && row + 1 < rows; row++)
                 memcpy(n + row * n_stride + cols, normalised + row * n_stride + cols, (size_t)(n_stride - cols) * 4);
@@ -176,7 +178,7 @@ static void test_nothing_vanishes(void) {
         }
         if (level(simd) == NULL)
             continue;
-        level(simd)->adam(&moments, COUNT, 1, 0, COUNT, g, QG_FLOAT32, COUNT, n, COUNT, &coefficients);
+        single_adam(level(simd), &moments, COUNT, 1, 0, COUNT, g, QG_FLOAT32, COUNT, n, COUNT, &coefficients);
         for (int i = 0; i < COUNT; i++) {
             int want = i % 256 == 0 ? 255 : i % 3 == 0 ? 127 : i % 3 == 1 ? 128 : 126;
             CHECK(m[i] == want, "element %d has code %d, not %d", i, m[i], want);
@@ -232,8 +234,8 @@ static void test_adam_update(int c) {
     qg_weight weight = {data_want, is_int8 ? scales_want : NULL, is_int8 ? zeros_want : NULL, shape[0], shape[1],
         (int32_t)group, format};
     omp_set_num_threads(1);
-    scalar->adam(&moments, count, 1, 0, count, g, g_format, count, n, count, &adam);
-    scalar->update(&weight, 0, count, n, QG_FLOAT32, &update, &stream, stats_want);
+    single_adam(scalar, &moments, count, 1, 0, count, g, g_format, count, n, count, &adam);
+    single_update(scalar, &weight, 0, count, n, QG_FLOAT32, &update, &stream, stats_want);
     for (int simd = 0; simd < LEVELS; simd++) {
         for (int threads = 1; level(simd) != NULL && threads <= 3; threads++) {
             arrays got = make_arrays(1, count, block, m_format, (size_t)threads - 1);
@@ -241,14 +243,16 @@ static void test_adam_update(int c) {
             size_t offset = (size_t)threads % 3;
             int64_t stats[2] = {3, 4};
             omp_set_num_threads(threads);
-            CHECK(level(simd)->threads() >= 1 && level(simd)->threads() <= 64, "%d threads", level(simd)->threads());
-            float *scratch = guarded((size_t)(chunk * level(simd)->threads()) * 4, 0);
+            const int64_t chunks = level(simd)->chunks(NULL);
+            CHECK(chunks >= 1 && chunks <= 64, "%lld chunks", (long long)chunks);
+            float *scratch = guarded((size_t)(chunk * chunks) * 4, 0);
             moments = (qg_moments){
                 got.exp_avg, got.exp_avg_sq, got.exp_avg_absmax, got.exp_avg_sq_absmax, (int32_t)block, m_format};
             weight.data = guarded_copy(data, (size_t)count * element, element * offset);
             weight.scales = is_int8 ? guarded_copy(scales, (size_t)groups * 4, 4 * offset) : NULL;
             weight.zeros = is_int8 ? guarded_copy(zeros, (size_t)groups * 2, 2 * offset) : NULL;
-            level(simd)->adam_update(&weight, &moments, g, g_format, &adam, &update, &stream, stats, chunk, scratch);
+            single_adam_update(
+                level(simd), &weight, &moments, g, g_format, &adam, &update, &stream, stats, chunk, scratch);
             check_equal(got, want, "adam_update", c, simd);
             CHECK_BYTES(
                 weight.data, data_want, (size_t)count * element, "weight, case %d, level %d, %d threads", c, simd,

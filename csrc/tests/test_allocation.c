@@ -88,10 +88,10 @@ static void every_call(const qg_backend *backend, int threads) {
     CHECK_OK(qg_dynamic8_dequantize(decoded, exp_avg, absmax[0], ROWS, COLS, 256, 1, backend));
     for (int f = 0; f < 3; f++) {
         CHECK_OK(qg_int8_dequantize(&weight, decoded, formats[f], backend));
-        CHECK_OK(qg_absmax(&largest, decoded, formats[f], COUNT, backend));
+        CHECK_OK(qg_absmax(&largest, &(qg_array){decoded, COUNT, formats[f]}, 1, backend));
     }
     CHECK_OK(qg_projector_dequantize(&task.projector, decoded, QG_BFLOAT16, backend));
-    CHECK_OK(qg_galore_scratch_size(&task, 1, &params, &size));
+    CHECK_OK(qg_galore_scratch_size(&task, 1, &params, backend, &size));
     CHECK_OK(qg_galore_step(&task, 1, &params, scratch, sizeof scratch, backend, &linalg));
     task.side = QG_LEFT;
     task.projector.dim = ROWS;

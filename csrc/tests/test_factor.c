@@ -166,10 +166,10 @@ static void test_passes(const qg_backend *backend, int64_t count, qg_format form
         exact += (double)ref_load(format, source, i) * ref_load(format, source, i);
     }
     float *unit = guarded(bytes, 4), *cast = guarded(bytes, 4), *bell = guarded(bytes, 4);
-    backend->sum_squares(&sum, source, format, count);
-    backend->normalise(unit, source, format, count, 3, &sum);
-    backend->scaled_cast(cast, QG_FLOAT32, source, format, 1, count, count, 0x1p-20f);
-    backend->bell(bell, &stream, count);
+    backend->sum_squares(&sum, source, format, count, NULL);
+    backend->normalise(unit, source, format, count, 3, &sum, NULL);
+    backend->scaled_cast(cast, QG_FLOAT32, source, format, 1, count, count, 0x1p-20f, NULL);
+    backend->bell(bell, &stream, count, NULL);
     if (is_first) {
         memcpy(first->unit, unit, bytes);
         memcpy(first->cast, cast, bytes);
@@ -209,7 +209,7 @@ static void test_scaled_tile(const qg_backend *backend) {
     enum { ROWS = 7, COLS = 1100, STRIDE = 1303 };
     float *source = random_floats(ROWS * STRIDE);
     uint16_t *target = guarded(ROWS * COLS * sizeof(uint16_t), 2), want;
-    backend->scaled_cast(target, QG_BFLOAT16, source, QG_FLOAT32, ROWS, COLS, STRIDE, 0x1p100f);
+    backend->scaled_cast(target, QG_BFLOAT16, source, QG_FLOAT32, ROWS, COLS, STRIDE, 0x1p100f, NULL);
     for (int64_t i = 0; i < ROWS * COLS; i++) {
         ref_store(QG_BFLOAT16, &want, 0, ldexpf(source[i / COLS * STRIDE + i % COLS], 100));
         if (!CHECK(target[i] == want, "%s, element %lld", backend->name, (long long)i))
@@ -237,7 +237,7 @@ static void test_shift(const qg_backend *backend, int64_t n, float scale, float 
                 i = j = n;
         }
     }
-    backend->shift_gram(&distance, gram, n);
+    backend->shift_gram(&distance, gram, n, NULL);
     CHECK(distance == worst || fabs(distance - worst) <= 1e-7, "n %lld: %g, want %g", (long long)n, distance, worst);
     const double shift = worst >= 0.5 ? 1e-6 * sqrt(squares) : 0.0;
     for (int64_t i = 0; i < n && isfinite(worst); i++) {

@@ -1,6 +1,7 @@
 /* A caller that flushes denormals to zero (as torch.set_flush_denormal does) gets the same bytes, and its own mode back. */
 #include "harness.h"
 #include "reference.h"
+#include "single.h"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -44,16 +45,16 @@ static void every_kernel(results *r, const qg_backend *backend) {
     static float scratch[4 * 4096];
     memset(r, 0, sizeof *r);
     CHECK_OK(qg_noise(r->noise, 1, 2, 3, 0, COUNT, backend));
-    CHECK_OK(qg_absmax(&r->absmax, tiny_half, QG_BFLOAT16, COUNT, backend));
-    backend->sum_squares(&r->sum_of_squares, tiny, QG_FLOAT32, COUNT);
-    backend->cast(r->widened, QG_FLOAT32, tiny_half, QG_FLOAT16, 1, COUNT, COUNT);
-    backend->cast(r->narrowed[0], QG_BFLOAT16, tiny, QG_FLOAT32, 1, COUNT, COUNT);
-    backend->cast(r->narrowed[1], QG_FLOAT16, tiny, QG_FLOAT32, 1, COUNT, COUNT);
+    CHECK_OK(qg_absmax(&r->absmax, &(qg_array){tiny_half, COUNT, QG_BFLOAT16}, 1, backend));
+    backend->sum_squares(&r->sum_of_squares, tiny, QG_FLOAT32, COUNT, NULL);
+    single_cast(backend, r->widened, QG_FLOAT32, tiny_half, QG_FLOAT16, 1, COUNT, COUNT);
+    single_cast(backend, r->narrowed[0], QG_BFLOAT16, tiny, QG_FLOAT32, 1, COUNT, COUNT);
+    single_cast(backend, r->narrowed[1], QG_FLOAT16, tiny, QG_FLOAT32, 1, COUNT, COUNT);
     CHECK_OK(qg_dynamic8_quantize(r->dynamic, r->dynamic_absmax, tiny, 1, COUNT, 256, 1, backend));
     CHECK_OK(qg_dynamic8_dequantize(r->decoded, r->dynamic, r->dynamic_absmax, 1, COUNT, 256, 1, backend));
     qg_weight weight = {r->codes, r->scales, r->zeros, 1, COUNT, 256, QG_INT8};
     CHECK_OK(qg_int8_quantize(&weight, tiny, QG_FLOAT32, backend));
-    backend->update(&weight, 0, COUNT, tiny, QG_FLOAT32, &update, &stream, NULL);
+    single_update(backend, &weight, 0, COUNT, tiny, QG_FLOAT32, &update, &stream, NULL);
     CHECK_OK(qg_int8_dequantize(&weight, r->dequantised, QG_BFLOAT16, backend));
     qg_moments moments = {r->exp_avg, r->exp_avg_sq, NULL, NULL, 0, QG_FLOAT32};
     for (int i = 0; i < COUNT; i++) {
@@ -63,14 +64,14 @@ static void every_kernel(results *r, const qg_backend *backend) {
         memcpy(&r->vector[i], &bits, 4);
         r->updated_half[i] = (uint16_t)(i % 400);
     }
-    backend->adam(&moments, COUNT, 1, 0, COUNT, tiny, QG_FLOAT32, COUNT, r->normalised, COUNT, &adam);
+    single_adam(backend, &moments, COUNT, 1, 0, COUNT, tiny, QG_FLOAT32, COUNT, r->normalised, COUNT, &adam);
     weight = (qg_weight){r->updated, NULL, NULL, 1, COUNT, 0, QG_FLOAT32};
-    backend->update(&weight, 0, COUNT, tiny, QG_FLOAT32, &update, &stream, NULL);
+    single_update(backend, &weight, 0, COUNT, tiny, QG_FLOAT32, &update, &stream, NULL);
     weight = (qg_weight){r->updated_half, NULL, NULL, 1, COUNT, 0, QG_BFLOAT16};
-    backend->update(&weight, 0, COUNT, tiny, QG_FLOAT32, &update, &stream, NULL);
+    single_update(backend, &weight, 0, COUNT, tiny, QG_FLOAT32, &update, &stream, NULL);
     weight = (qg_weight){r->vector, NULL, NULL, 1, COUNT, 0, QG_FLOAT32};
     moments = (qg_moments){r->vector_moments[0], r->vector_moments[1], NULL, NULL, 0, QG_FLOAT32};
-    backend->adam_update(&weight, &moments, tiny, QG_FLOAT32, &adam, &update, &stream, NULL, 4096, scratch);
+    single_adam_update(backend, &weight, &moments, tiny, QG_FLOAT32, &adam, &update, &stream, NULL, 4096, scratch);
     qg_projector projector = {r->basis, r->basis_scales, r->basis_zeros, 1, COUNT, 256, QG_INT8};
     CHECK_OK(qg_projector_quantize(&projector, tiny, backend));
     CHECK_OK(qg_projector_dequantize(&projector, r->basis_decoded, QG_FLOAT32, backend));

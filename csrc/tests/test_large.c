@@ -2,6 +2,7 @@
  * memory suffice; each result is compared with the same work on a small array. */
 #include "harness.h"
 #include "reference.h"
+#include "single.h"
 
 #include <stdio.h>
 #include <sys/mman.h>
@@ -47,8 +48,8 @@ static void test_weight_update(qg_format format) {
         qg_weight same = {small, small_scales, small_zeros, 1, TAIL, 256, format};
         if (level(simd) == NULL)
             continue;
-        level(simd)->update(&huge, first, TAIL, u, QG_FLOAT32, &c, &stream, NULL);
-        level(simd)->update(&same, 0, TAIL, u, QG_FLOAT32, &c, &stream, NULL);
+        single_update(level(simd), &huge, first, TAIL, u, QG_FLOAT32, &c, &stream, NULL);
+        single_update(level(simd), &same, 0, TAIL, u, QG_FLOAT32, &c, &stream, NULL);
         CHECK_BYTES(tail, small, TAIL * element, "the end of 2^33 elements, format %d, level %d", format, simd);
         CHECK_BYTES(scales + groups - 3, small_scales, 12, "scales, level %d", simd);
         CHECK_BYTES(zeros + groups - 3, small_zeros, 6, "zeros, level %d", simd);
@@ -61,7 +62,7 @@ static void test_weight_update(qg_format format) {
             memcpy(small, tail, 256);
             c.stochastic = 1;
             ref_int8_update(small, small_scales, small_zeros, u, 256, &c, j);
-            level(simd)->update(&huge, first, TAIL, u, QG_FLOAT32, &c, &stream, NULL);
+            single_update(level(simd), &huge, first, TAIL, u, QG_FLOAT32, &c, &stream, NULL);
             CHECK_BYTES(tail, small, 256, "stochastic rounding beyond 2^32 elements, level %d", simd);
         }
     }
@@ -102,7 +103,7 @@ static void test_across(qg_format format) {
         ref_update(&huge, first, COUNT, u, &c, &stream, stats);
         memcpy(want, tile, COUNT * element);
         memcpy(tile, start, COUNT * element);
-        level(simd)->update(&huge, first, COUNT, u, QG_FLOAT32, &c, &stream, NULL);
+        single_update(level(simd), &huge, first, COUNT, u, QG_FLOAT32, &c, &stream, NULL);
         CHECK(stats[0] + stats[1] == 0, "a group left its range");
         CHECK_BYTES(tile, want, COUNT * element, "across element 2^33, format %d, level %d", format, simd);
     }
@@ -141,7 +142,7 @@ static void test_projector(qg_format format) {
         qg_projector projector = {codes, scales, zeros, rank, dim, 256, format};
         if (level(simd) == NULL)
             continue;
-        level(simd)->projector_dequantize(&projector, rank - 2, 2, col, 301, got, QG_FLOAT32);
+        single_decode(level(simd), &projector, rank - 2, 2, col, 301, got, QG_FLOAT32);
         CHECK_BYTES(got, want, sizeof got, "the end of a huge basis, format %d, level %d", format, simd);
     }
     if (codes != NULL)
@@ -176,8 +177,8 @@ static void test_adam_and_cast(qg_format format) {
         }
         qg_moments huge = {m, v, m_absmax, v_absmax, 256, format};
         qg_moments same = {small_m, small_v, small_m_absmax, small_v_absmax, 256, format};
-        level(simd)->adam(&huge, cols, 2, first, TAIL, g, QG_FLOAT32, TAIL, n, TAIL, &c);
-        level(simd)->adam(&same, TAIL, 2, 0, TAIL, g, QG_FLOAT32, TAIL, small_n, TAIL, &c);
+        single_adam(level(simd), &huge, cols, 2, first, TAIL, g, QG_FLOAT32, TAIL, n, TAIL, &c);
+        single_adam(level(simd), &same, TAIL, 2, 0, TAIL, g, QG_FLOAT32, TAIL, small_n, TAIL, &c);
         CHECK_BYTES(n, small_n, sizeof n, "N at the end of huge moments, format %d, level %d", format, simd);
         for (int64_t row = 0; row < 2; row++) {
             CHECK_BYTES(
@@ -188,7 +189,7 @@ static void test_adam_and_cast(qg_format format) {
                 "absmax, row %lld, level %d", (long long)row, simd);
         }
         if (format == QG_FLOAT32) {
-            level(simd)->cast(copied, QG_FLOAT32, (float *)m + first, QG_FLOAT32, 2, TAIL, cols);
+            single_cast(level(simd), copied, QG_FLOAT32, (float *)m + first, QG_FLOAT32, 2, TAIL, cols);
             CHECK_BYTES(copied, small_m, sizeof copied, "rows 2^33 elements apart, level %d", simd);
         }
     }
@@ -209,7 +210,7 @@ static void test_absmax(void) {
     gradient[count - 1] = 0xC040; /* -3 */
     qg_simd simd = qg_cpu_best_simd();
     float got = 0.0f;
-    CHECK_OK(qg_absmax(&got, gradient, QG_BFLOAT16, count, level(simd)));
+    CHECK_OK(qg_absmax(&got, &(qg_array){gradient, count, QG_BFLOAT16}, 1, level(simd)));
     CHECK(got == 3.0f, "absmax of 2^31 + 1001 elements is %g", got);
     munmap(gradient, (size_t)count * 2);
 }

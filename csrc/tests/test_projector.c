@@ -1,6 +1,7 @@
 /* The projector's formats, in blocks along basis vectors or with one scale for all. */
 #include "harness.h"
 #include "reference.h"
+#include "single.h"
 
 /* rank, dim, block */
 static const int64_t shapes[][3] = {{0, 10, 256}, {1, 1, 256}, {2, 2, 256}, {3, 255, 256}, {3, 256, 256}, {5, 257, 256},
@@ -148,8 +149,8 @@ static void test_case(int c) {
             CHECK_BYTES(all, back, (size_t)count * 4, "decoded, case %d, level %d", c, simd);
             CHECK_OK(qg_projector_dequantize(&projector, half, QG_BFLOAT16, backend));
             CHECK_BYTES(half, narrow, (size_t)count * 2, "decoded to bfloat16, case %d, level %d", c, simd);
-            backend->projector_dequantize(&projector, row, rows, col, cols, tile, QG_FLOAT32);
-            backend->projector_dequantize(&projector, row, rows, col, cols, half_tile, QG_BFLOAT16);
+            single_decode(backend, &projector, row, rows, col, cols, tile, QG_FLOAT32);
+            single_decode(backend, &projector, row, rows, col, cols, half_tile, QG_BFLOAT16);
             int equal = 1;
             for (int64_t i = 0; i < rows; i++) {
                 int64_t from = (row + i) * dim + col;

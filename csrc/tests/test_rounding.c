@@ -1,6 +1,7 @@
 /* Stochastic rounding of INT8 weights: no update is lost, none is invented, and no range oscillates. */
 #include "harness.h"
 #include "reference.h"
+#include "single.h"
 
 enum { GROUP = 256, COUNT = 2048, GROUPS = COUNT / GROUP };
 
@@ -35,7 +36,7 @@ static void update(int64_t count, float rate, float decay, int stochastic, uint6
     do
         simd = (simd + 1) % LEVELS; /* every level in turn */
     while (level(simd) == NULL);
-    level(simd)->update(&weight, 0, count, u, QG_FLOAT32, &coefficients, &stream, stats);
+    single_update(level(simd), &weight, 0, count, u, QG_FLOAT32, &coefficients, &stream, stats);
 }
 
 /* The mean of 100,000 draws is the exact update: |z| < 5. */

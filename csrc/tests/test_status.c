@@ -78,12 +78,15 @@ static void test_noise_and_absmax(void) {
     REFUSED(qg_noise(noise, 1, 1, 1, 0, -5, cpu), QG_INVALID_ARGUMENT, "count", "-5");
     REFUSED(qg_noise(noise, 1, 1, 1, INT64_MAX, 5, cpu), QG_INVALID_ARGUMENT, "start", "5");
     CHECK_OK(qg_noise(NULL, 1, 1, 1, 0, 0, cpu));
-    REFUSED(qg_absmax(floats, values, QG_FLOAT32, 5, NULL), QG_INVALID_ARGUMENT, "backend", "NULL");
-    REFUSED(qg_absmax(NULL, values, QG_FLOAT32, 5, cpu), QG_INVALID_ARGUMENT, "out", "NULL");
-    REFUSED(qg_absmax(floats, NULL, QG_FLOAT32, 5, cpu), QG_INVALID_ARGUMENT, "source", "NULL");
-    REFUSED(qg_absmax(floats, values, QG_FLOAT32, -5, cpu), QG_INVALID_ARGUMENT, "source", "-5");
-    REFUSED(qg_absmax(floats, values, QG_INT8, 5, cpu), QG_UNSUPPORTED, "source", "16");
-    CHECK_OK(qg_absmax(floats, NULL, QG_FLOAT32, 0, cpu));
+    REFUSED(qg_absmax(floats, &(qg_array){values, 5, QG_FLOAT32}, 1, NULL), QG_INVALID_ARGUMENT, "backend", "NULL");
+    REFUSED(qg_absmax(NULL, &(qg_array){values, 5, QG_FLOAT32}, 1, cpu), QG_INVALID_ARGUMENT, "out", "NULL");
+    REFUSED(qg_absmax(floats, &(qg_array){NULL, 5, QG_FLOAT32}, 1, cpu), QG_INVALID_ARGUMENT, "array", "NULL");
+    REFUSED(qg_absmax(floats, &(qg_array){values, -5, QG_FLOAT32}, 1, cpu), QG_INVALID_ARGUMENT, "array", "-5");
+    REFUSED(qg_absmax(floats, &(qg_array){values, 5, QG_INT8}, 1, cpu), QG_UNSUPPORTED, "array", "16");
+    REFUSED(qg_absmax(floats, NULL, 1, cpu), QG_INVALID_ARGUMENT, "arrays", "NULL");
+    REFUSED(qg_absmax(floats, NULL, -1, cpu), QG_INVALID_ARGUMENT, "count", "-1");
+    CHECK_OK(qg_absmax(NULL, NULL, 0, cpu));
+    CHECK_OK(qg_absmax(floats, &(qg_array){NULL, 0, QG_FLOAT32}, 1, cpu));
     CHECK(floats[0] == 0.0f, "absmax of nothing is %g", floats[0]);
 }
 

@@ -279,29 +279,42 @@ static const int64_t shapes[][3] = {{40, 24, 8}, {24, 56, 8}, {37, 53, 7}, {1, 9
     {19, 530, 4}, {300, 31, 5}, {31, 300, 5}, {140, 24, 131}, {257, 64, 3}, {5, 5, 5}, {24, 300, 40}};
 enum { SHAPES = 13 };
 
-static void test_galore(int c) {
-    double norm = c % 5 == 0 ? 0.0 : random_uniform(0.01, 3.0);
+/* A task of any kind with its shape by c; *k is R's columns. The gradient is left to the caller. */
+static qg_step_task random_task(int c, const qg_step_params *params, double *norm, int64_t *k) {
     int64_t m = shapes[c % SHAPES][0], n = shapes[c % SHAPES][1], rank = shapes[c % SHAPES][2];
     qg_side side = (qg_side)random_below(3);
-    int64_t dim = side == QG_RIGHT ? n : m, k = side == QG_RIGHT ? m : side == QG_LEFT ? n : rank;
+    int64_t dim = side == QG_RIGHT ? n : m;
     int64_t block = random_below(3) ? BLOCK : 16, basis_block = (int64_t[]){BLOCK, 16, 0}[random_below(3)];
     static const qg_format bases[] = {
         QG_FLOAT32, QG_INT8, QG_INT4, QG_BFLOAT16, QG_FP8_E4M3, QG_FP4, QG_NF4, QG_DYNAMIC8};
-    qg_step_params params = some_params();
-    params.norm_growth_limit = random_below(2) ? 1.1 : 0.0;
+    *k = side == QG_RIGHT ? m : side == QG_LEFT ? n : rank;
+    *norm = c % 5 == 0 ? 0.0 : random_uniform(0.01, 3.0);
     qg_step_task task = {.side = side,
-        .norm = params.norm_growth_limit > 0.0 ? &norm : NULL,
+        .norm = params->norm_growth_limit > 0.0 ? norm : NULL,
         .low_rank_gradient = (int32_t)random_below(2),
         .id = (uint32_t)random_bits(),
         .grad_format = float_formats[random_below(3)],
         .noise_step = random_below(1000),
         .bias_step = 1 + random_below(3)};
     task.weight = random_weight(m, n, weight_formats[random_below(4)], random_below(3) ? BLOCK : 48);
-    task.moments = zero_moments(rank, k, random_below(2) ? QG_DYNAMIC8 : QG_FLOAT32, block);
+    task.moments = zero_moments(rank, *k, random_below(2) ? QG_DYNAMIC8 : QG_FLOAT32, block);
     task.projector = random_projector(rank, dim, bases[random_below(8)], basis_block);
     if (side == QG_FULL) /* its format is its own */
         task.right_projector = random_projector(rank, n, bases[random_below(8)], basis_block);
-    int64_t g_count = task.low_rank_gradient ? rank * k : m * n;
+    return task;
+}
+
+static int64_t gradient_count(const qg_step_task *task, int64_t k) {
+    return task->low_rank_gradient ? task->projector.rank * k : task->weight.rows * task->weight.cols;
+}
+
+static void test_galore(int c) {
+    double norm;
+    int64_t k, rank = shapes[c % SHAPES][2];
+    qg_step_params params = some_params();
+    params.norm_growth_limit = random_below(2) ? 1.1 : 0.0;
+    qg_step_task task = random_task(c, &params, &norm, &k);
+    int64_t g_count = gradient_count(&task, k);
     size_t g_bytes = (size_t)g_count * ref_size(task.grad_format);
     void *g = guarded(g_bytes, ref_size(task.grad_format));
     task.gradient = g;
@@ -320,7 +333,7 @@ static void test_galore(int c) {
             if (level(simd) == NULL)
                 continue;
             omp_set_num_threads(1 + (c + simd) % 3);
-            CHECK_OK(qg_galore_scratch_size(&got[simd], 1, &params, &size));
+            CHECK_OK(qg_galore_scratch_size(&got[simd], 1, &params, level(simd), &size));
             void *scratch = guarded(size, (size_t)(c % 5));
             CHECK_OK(qg_galore_step(&got[simd], 1, &params, scratch, size, level(simd), &linalg));
             check_same(&got[simd], &want, rank, k, "galore", c);
@@ -338,6 +351,137 @@ static void test_galore(int c) {
         want.bias_step++;
     }
     RELEASE("a galore step writes outside its outputs, case %d", c);
+}
+
+/* Kernels that were started by a table that counts. */
+static int64_t started;
+static const qg_backend *counted;
+
+static void count_adam(const qg_adam_item *items, int64_t count, void *queue) {
+    started++;
+    counted->adam(items, count, queue);
+}
+
+static void count_update(const qg_update_item *items, int64_t count, void *queue) {
+    started++;
+    counted->update(items, count, queue);
+}
+
+static void count_decode(const qg_decode_item *items, int64_t count, qg_format format, void *queue) {
+    started++;
+    counted->projector_dequantize(items, count, format, queue);
+}
+
+/* A device that takes many matrices at a time gives the bits of one at a time. */
+static void test_batches(int c) {
+    enum { TASKS = 39 };
+    qg_step_task alone[TASKS], together[TASKS];
+    double norms[TASKS];
+    int64_t k[TASKS];
+    qg_step_params params = some_params();
+    params.norm_growth_limit = c % 2 ? 1.1 : 0.0;
+    qg_backend device = *level(QG_SIMD_SCALAR);
+    device.batch_bytes = (size_t)(c % 3) << 19;
+    device.tile_bytes = (size_t)(c % 2) << 15;
+    ref_gemm_context context = {0, 0};
+    qg_linalg linalg = ref_linalg(&context);
+    size_t size = 0;
+    for (int i = 0; i < TASKS; i++) {
+        qg_step_task task = random_task(i, &params, &norms[i], &k[i]);
+        int64_t count = gradient_count(&task, k[i]);
+        void *g = guarded((size_t)count * ref_size(task.grad_format), 4);
+        for (int64_t e = 0; e < count; e++)
+            ref_store(task.grad_format, g, e, (float)random_normal());
+        task.gradient = g;
+        task.weight.rows = i % 13 == 4 ? 0 : task.weight.rows; /* an empty one among them */
+        alone[i] = copy_of(&task, task.projector.rank, k[i]);
+        together[i] = copy_of(&task, task.projector.rank, k[i]);
+        CHECK_OK(qg_galore_scratch_size(&alone[i], 1, &params, level(QG_SIMD_SCALAR), &size));
+        void *scratch = guarded(size, 0);
+        CHECK_OK(qg_galore_step(&alone[i], 1, &params, scratch, size, level(QG_SIMD_SCALAR), &linalg));
+    }
+    CHECK_OK(qg_galore_scratch_size(together, TASKS, &params, &device, &size));
+    CHECK(size <= device.batch_bytes || c % 3 == 0, "a batch of %zu bytes", size);
+    void *scratch = guarded(size, 8);
+    CHECK_OK(qg_galore_step(together, TASKS, &params, scratch, size, &device, &linalg));
+    for (int i = 0; i < TASKS; i++) {
+        check_same(&together[i], &alone[i], together[i].projector.rank, k[i], "batch", i);
+        if (together[i].norm != NULL)
+            CHECK_BYTES(together[i].norm, alone[i].norm, 8, "the norm of task %d of a batch", i);
+    }
+    RELEASE("a batch writes outside its outputs, case %d", c);
+}
+
+/* 56 small matrices: a handful of kernels. */
+static void test_batch_starts(void) {
+    enum { TASKS = 56 };
+    qg_step_task tasks[TASKS];
+    qg_step_params params = some_params();
+    params.gemm_format = QG_FLOAT32;
+    counted = level(QG_SIMD_SCALAR);
+    qg_backend device = *counted;
+    device.batch_bytes = 64 << 20;
+    device.tile_bytes = 4 << 20;
+    device.adam = count_adam;
+    device.update = count_update;
+    device.projector_dequantize = count_decode;
+    ref_gemm_context context = {0, 0};
+    qg_linalg linalg = ref_linalg(&context);
+    for (int i = 0; i < TASKS; i++) {
+        int64_t m = i % 7 == 6 ? 32 : 88, n = i % 7 == 6 ? 88 : 32;
+        tasks[i] = (qg_step_task){.side = m >= n ? QG_RIGHT : QG_LEFT, .low_rank_gradient = 1, .bias_step = 1};
+        tasks[i].weight = random_weight(m, n, QG_INT8, BLOCK);
+        tasks[i].moments = zero_moments(8, m + n - 32, QG_DYNAMIC8, BLOCK);
+        tasks[i].projector = random_projector(8, 32, QG_INT4, BLOCK);
+        tasks[i].gradient = guarded((size_t)(8 * 88) * 4, 0);
+        memset((void *)(uintptr_t)tasks[i].gradient, 0, (size_t)(8 * 88) * 4);
+    }
+    size_t size = 0;
+    CHECK_OK(qg_galore_scratch_size(tasks, TASKS, &params, &device, &size));
+    void *scratch = guarded(size, 0);
+    started = 0;
+    CHECK_OK(qg_galore_step(tasks, TASKS, &params, scratch, size, &device, &linalg));
+    CHECK(started <= 10, "%lld kernels were started", (long long)started);
+    CHECK(context.calls == TASKS, "%lld products", (long long)context.calls);
+    RELEASE("a batch of small matrices writes outside its outputs");
+}
+
+/* A gradient that is too large or not finite changes nothing of its task, and everything of the others. */
+static void test_flags(int c) {
+    static const float flags[] = {INFINITY, NAN, 1.01e18f, 1e18f, 0.0f};
+    qg_step_params params = some_params();
+    params.norm_growth_limit = c % 2 ? 1.1 : 0.0;
+    double norm;
+    int64_t k;
+    ref_gemm_context context = {0, 0};
+    qg_linalg linalg = ref_linalg(&context);
+    qg_step_task task = random_task(c, &params, &norm, &k);
+    qg_step_task got = copy_of(&task, task.projector.rank, k), want = copy_of(&task, task.projector.rank, k);
+    int64_t count = gradient_count(&task, k);
+    void *g = guarded((size_t)count * ref_size(task.grad_format), 4);
+    for (int64_t e = 0; e < count; e++)
+        ref_store(task.grad_format, g, e, (float)random_normal());
+    got.gradient = g;
+    got.gradient_absmax = &flags[c % 5];
+    for (int simd = 0; simd < LEVELS; simd++) {
+        size_t size = 0;
+        if (level(simd) == NULL || (c % 5 > 2 && simd > 0))
+            continue;
+        CHECK_OK(qg_galore_scratch_size(&got, 1, &params, level(simd), &size));
+        void *scratch = guarded(size, 0);
+        CHECK_OK(qg_galore_step(&got, 1, &params, scratch, size, level(simd), &linalg));
+    }
+    if (c % 5 > 2) {
+        int64_t moved = 0;
+        for (int64_t i = 0; i < task.projector.rank * k * (int64_t)ref_size(task.moments.format); i++)
+            moved += ((uint8_t *)got.moments.exp_avg)[i] != ((uint8_t *)task.moments.exp_avg)[i];
+        CHECK(moved > 0, "case %d: a gradient of %g is refused", c, flags[c % 5]);
+    } else {
+        check_same(&got, &want, task.projector.rank, k, "flagged", c);
+        if (got.norm != NULL)
+            CHECK_BYTES(got.norm, want.norm, 8, "case %d: the norm of a flagged task", c);
+    }
+    RELEASE("a flagged task writes outside its outputs, case %d", c);
 }
 
 /* Peak memory beside the weight: below one byte a weight for a matrix of usual proportions. */
@@ -360,7 +504,7 @@ static void test_galore_scratch(void) {
             .norm = &norm,
             .bias_step = 1};
         size_t size = 0;
-        CHECK_OK(qg_galore_scratch_size(&task, 1, &params, &size));
+        CHECK_OK(qg_galore_scratch_size(&task, 1, &params, level(QG_SIMD_SCALAR), &size));
         CHECK(size > 0 && (double)size < 1.0 * 2048 * 5461, "side %d: %zu bytes of scratch", task.side, size);
     }
 }
@@ -389,11 +533,15 @@ static void test_adam8(int c) {
     qg_step_task task[TASKS], want[TASKS], got[TASKS];
     for (int i = 0; i < TASKS; i++) {
         int64_t rows = sizes[i][0], cols = sizes[i][1], count = rows * cols;
+        static const float too_large = 1.1e18f;
         task[i] = adam8_task(rows, cols);
+        task[i].gradient_absmax = (c + i) % 5 == 0 ? &too_large : NULL;
         want[i] = copy_of(&task[i], 1, count);
         float *r = guarded((size_t)count * 4, 0), *n = guarded((size_t)count * 4, 0);
         for (int64_t k = 0; k < count; k++)
             r[k] = ref_load(task[i].grad_format, task[i].gradient, k);
+        if (task[i].gradient_absmax != NULL)
+            continue;
         reference_adam(&want[i], &params, 1, count, r, n);
         reference_update(&want[i], &params, n, params.lr * params.scale);
     }
@@ -423,7 +571,7 @@ static void test_empty(void) {
         const qg_step_task *list = count == 0 ? NULL : &empty;
         CHECK_OK(qg_adam8_scratch_size(list, count, &params, level(QG_SIMD_SCALAR), &size));
         CHECK_OK(qg_adam8_step(list, count, &params, NULL, size, level(QG_SIMD_SCALAR)));
-        CHECK_OK(qg_galore_scratch_size(list, count, &params, &size));
+        CHECK_OK(qg_galore_scratch_size(list, count, &params, level(QG_SIMD_SCALAR), &size));
         CHECK_OK(qg_galore_step(list, count, &params, NULL, size, level(QG_SIMD_SCALAR), &linalg));
     }
     CHECK(
@@ -435,6 +583,11 @@ int main(void) {
     random_seed(10);
     for (int c = 0; c < check_count(30 * SHAPES, SHAPES); c++)
         test_galore(c);
+    for (int c = 0; c < check_count(6, 2); c++)
+        test_batches(c);
+    test_batch_starts();
+    for (int c = 0; c < check_count(5 * SHAPES, 5); c++)
+        test_flags(c);
     test_galore_scratch();
     for (int c = 0; c < check_count(60, 3); c++)
         test_adam8(c);

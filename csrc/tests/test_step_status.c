@@ -64,7 +64,7 @@ static void refused(
         qg_status got;
         if (galore)
             got = call ? qg_galore_step(tasks, count, params, scratch, sizeof scratch, cpu, &linalg)
-                       : qg_galore_scratch_size(tasks, count, params, &bytes);
+                       : qg_galore_scratch_size(tasks, count, params, cpu, &bytes);
         else
             got = call ? qg_adam8_step(tasks, count, params, scratch, sizeof scratch, cpu)
                        : qg_adam8_scratch_size(tasks, count, params, cpu, &bytes);
@@ -196,7 +196,7 @@ static void test_scratch_and_tables(void) {
     CHECK(qg_adam8_step(&task, 1, &params, scratch, size - 1, cpu) == QG_INVALID_ARGUMENT, "adam8: too little scratch");
     CHECK(strstr(qg_last_error(), "scratch") != NULL, "'%s'", qg_last_error());
     CHECK(qg_adam8_step(&task, 1, &params, NULL, size, cpu) == QG_INVALID_ARGUMENT, "adam8: no scratch");
-    CHECK_OK(qg_galore_scratch_size(&task, 1, &params, &size));
+    CHECK_OK(qg_galore_scratch_size(&task, 1, &params, cpu, &size));
     CHECK(
         qg_galore_step(&task, 1, &params, scratch, size - 1, cpu, &linalg) == QG_INVALID_ARGUMENT,
         "too little scratch");
@@ -217,7 +217,7 @@ static void test_scratch_and_tables(void) {
                         : call == 1 ? qg_adam8_step(&task, 1, &params, scratch, sizeof scratch, NULL)
                         : call == 2 ? qg_galore_step(&task, 1, &params, scratch, sizeof scratch, NULL, &linalg)
                         : call == 3 ? qg_adam8_scratch_size(&task, 1, &params, cpu, NULL)
-                                    : qg_galore_scratch_size(&task, 1, &params, NULL);
+                                    : qg_galore_scratch_size(&task, 1, &params, cpu, NULL);
         CHECK(
             got == QG_INVALID_ARGUMENT && strstr(qg_last_error(), what[call]), "call %d: '%s'", call, qg_last_error());
     }

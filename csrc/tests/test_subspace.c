@@ -185,7 +185,8 @@ static void test_kept(call c, const char *kind) {
 
 static int64_t fetches;
 
-static void counting_fetch(void *host, const void *device, size_t size) {
+static void counting_fetch(void *host, const void *device, size_t size, void *queue) {
+    (void)queue;
     fetches++;
     memcpy(host, device, size);
 }

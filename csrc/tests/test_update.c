@@ -1,6 +1,7 @@
 /* The weight update: every format against a plain writing of its formula, byte for byte. */
 #include "harness.h"
 #include "reference.h"
+#include "single.h"
 
 #include <float.h>
 
@@ -108,9 +109,9 @@ static void test_int8_reference(int c) {
             qg_weight weight = {got.codes, got.scales, got.zeros, shapes[c % SHAPES].rows, shapes[c % SHAPES].cols,
                 (int32_t)group, QG_INT8};
             omp_set_num_threads(threads);
-            level(simd)->update(
-                &weight, first, length, (char *)given + first * (int64_t)size, format, &coefficients, &stream,
-                threads == 3 ? NULL : stats);
+            single_update(
+                level(simd), &weight, first, length, (char *)given + first * (int64_t)size, format, &coefficients,
+                &stream, threads == 3 ? NULL : stats);
             check_equal(&got, &want, "update", c, simd, threads);
             CHECK(
                 threads == 3 || (stats[0] == 10 + counted[0] && stats[1] == 20 + counted[1]),
@@ -138,7 +139,7 @@ static void test_int8_threads(void) {
             int64_t stats[2] = {0, 0};
             qg_weight weight = {got.codes, got.scales, got.zeros, rows, cols, 256, QG_INT8};
             omp_set_num_threads(threads);
-            level(simd)->update(&weight, 0, count, u, QG_FLOAT32, &coefficients, &stream, stats);
+            single_update(level(simd), &weight, 0, count, u, QG_FLOAT32, &coefficients, &stream, stats);
             if (want.codes == NULL) {
                 want = got;
                 memcpy(counted, stats, sizeof stats);
@@ -185,8 +186,8 @@ static void test_float_reference(int c) {
             int64_t stats[2] = {5, 5};
             qg_weight weight = {got, NULL, NULL, rows, cols, 0, format};
             omp_set_num_threads(threads);
-            level(simd)->update(
-                &weight, first, length, u, u_format, &coefficients, &stream, threads == 2 ? stats : NULL);
+            single_update(
+                level(simd), &weight, first, length, u, u_format, &coefficients, &stream, threads == 2 ? stats : NULL);
             CHECK_BYTES(got, want, (size_t)count * size, "format %d, case %d, level %d", format, c, simd);
             CHECK(stats[0] == 5 && stats[1] == 5, "a float weight has no groups to count");
         }
@@ -211,7 +212,7 @@ static void test_bfloat16_unbiased(void) {
                 u[i] = (float)(-share * 0x1p-7);
             }
             qg_noise_stream stream = {5, (uint64_t)step, 9};
-            level(QG_SIMD_SCALAR)->update(&weight, 0, COUNT, u, QG_FLOAT32, &coefficients, &stream, NULL);
+            single_update(level(QG_SIMD_SCALAR), &weight, 0, COUNT, u, QG_FLOAT32, &coefficients, &stream, NULL);
             for (int i = 0; i < COUNT; i++)
                 up += weights[i] - 0x3F80 - whole;
         }
@@ -224,7 +225,7 @@ static void test_bfloat16_unbiased(void) {
         }
         if (level(simd) == NULL)
             continue;
-        level(simd)->update(&weight, 0, COUNT, u, QG_FLOAT32, &coefficients, &(qg_noise_stream){1, 1, 1}, NULL);
+        single_update(level(simd), &weight, 0, COUNT, u, QG_FLOAT32, &coefficients, &(qg_noise_stream){1, 1, 1}, NULL);
         for (int i = 0; i < COUNT; i++)
             CHECK(
                 weights[i] == (i % 2 ? 0x7F7F : 0xFF7F), "the largest bfloat16 became %x, level %d", weights[i], simd);
