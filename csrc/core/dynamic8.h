@@ -107,25 +107,42 @@ QG_INLINE int32_t qg_dynamic_index(const qg_dynamic_map *map, float x, int32_t t
     return a + (below + ties_up > above);
 }
 
-QG_INLINE float qg_dynamic_decode_signed(uint8_t code) {
-    const float entry = qg_dynamic_entry(&qg_dynamic_signed, code < 127 ? 127 - code : code - 127);
+/* The maps are arguments below: a GPU keeps them in shared memory. */
+QG_INLINE float qg_dynamic_signed_value(const qg_dynamic_map *map, uint8_t code) {
+    const float entry = qg_dynamic_entry(map, code < 127 ? 127 - code : code - 127);
     return code < 127 ? -entry : entry;
 }
 
-QG_INLINE float qg_dynamic_decode_unsigned(uint8_t code) {
-    return qg_dynamic_entry(&qg_dynamic_unsigned, code + 1);
+QG_INLINE float qg_dynamic_unsigned_value(const qg_dynamic_map *map, uint8_t code) {
+    return qg_dynamic_entry(map, code + 1);
 }
 
 /* |x| <= about 1. The lower code is the larger magnitude where x < 0. */
-QG_INLINE uint8_t qg_dynamic_encode_signed(float x) {
+QG_INLINE uint8_t qg_dynamic_signed_code(const qg_dynamic_map *map, float x) {
     const int32_t negative = (int32_t)(qg_bits(x) >> 31);
-    const int32_t a = qg_dynamic_index(&qg_dynamic_signed, qg_float(qg_bits(x) & 0x7fffffff), negative);
+    const int32_t a = qg_dynamic_index(map, qg_float(qg_bits(x) & 0x7fffffff), negative);
     const int32_t code = negative ? 127 - a : 127 + a;
     return (uint8_t)(code > 0 ? code : 0);
 }
 
+QG_INLINE uint8_t qg_dynamic_unsigned_code(const qg_dynamic_map *map, float x) {
+    return (uint8_t)(qg_dynamic_index(map, x > 0 ? x : 0, 0) - 1);
+}
+
+QG_INLINE float qg_dynamic_decode_signed(uint8_t code) {
+    return qg_dynamic_signed_value(&qg_dynamic_signed, code);
+}
+
+QG_INLINE float qg_dynamic_decode_unsigned(uint8_t code) {
+    return qg_dynamic_unsigned_value(&qg_dynamic_unsigned, code);
+}
+
+QG_INLINE uint8_t qg_dynamic_encode_signed(float x) {
+    return qg_dynamic_signed_code(&qg_dynamic_signed, x);
+}
+
 QG_INLINE uint8_t qg_dynamic_encode_unsigned(float x) {
-    return (uint8_t)(qg_dynamic_index(&qg_dynamic_unsigned, x > 0 ? x : 0, 0) - 1);
+    return qg_dynamic_unsigned_code(&qg_dynamic_unsigned, x);
 }
 
 /* A first moment that is not zero keeps its sign: zero's code moves by one towards it. */
@@ -151,6 +168,10 @@ QG_INLINE qg_dynamic_scale qg_make_dynamic_scale(float absmax) {
     scale.first = absmax > 0x1p100f ? 0x1p-100f : absmax < 0x1p-100f && absmax > 0 ? 0x1p100f : 1;
     scale.second = absmax > 0 ? 1.0f / (absmax * scale.first) : 0;
     return scale;
+}
+
+QG_INLINE float qg_dynamic_unit(float value, qg_dynamic_scale scale) {
+    return (value * scale.first) * scale.second;
 }
 
 #endif
