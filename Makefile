@@ -18,7 +18,7 @@ MAKEFLAGS += --no-print-directory
 CSRC := $(shell find csrc -path csrc/tests -prune -o -type f \( -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cpp' \
 	-o -name '*.cu' -o -name '*.cuh' \) -print)
 
-C_FILES := find csrc -path csrc/tests/build -prune -o -type f \( -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cpp' \
+C_FILES := find csrc examples -path csrc/tests/build -prune -o -type f \( -name '*.c' -o -name '*.h' -o -name '*.inc' -o -name '*.cpp' \
 	-o -name '*.cu' -o -name '*.cuh' \) -print0
 
 .DELETE_ON_ERROR:
