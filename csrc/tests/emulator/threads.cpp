@@ -620,7 +620,7 @@ static void check_access(const void *address, size_t size, const char *verb) {
     if (((uintptr_t)address & (size - 1)) != 0)
         emulator_fault("misaligned: %s %zu bytes at once at %p", verb, size, address);
     else if (!emulator_inside(address, size))
-        emulator_fault("%s %zu bytes %s", verb, size, emulator_describe(address, text, sizeof text));
+        emulator_fault("%s %zu bytes at %s", verb, size, emulator_describe(address, text, sizeof text));
     stop();
 }
 
