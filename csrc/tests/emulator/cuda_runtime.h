@@ -15,30 +15,23 @@
 
 #define CUDART_VERSION 13000
 
-/* Headers of CUDA that come after this one find their types here. */
-#define __DRIVER_TYPES_H__
-#define __VECTOR_TYPES_H__
-#define __CUDA_RUNTIME_H__
-#define __CUDA_RUNTIME_API_H__
-#define CUDARTAPI
-
 /* ---------------------------------------------------------------- types */
 
-#define EMULATOR_PAIR(type, name, size)                                         \
-    typedef struct __attribute__((aligned(2 * size))) name {                    \
-        type x, y;                                                              \
-    } name;                                                                     \
-    static inline __attribute__((unused)) name make_##name(type x, type y) {    \
-        name pair = {x, y};                                                     \
-        return pair;                                                            \
+#define EMULATOR_PAIR(type, name, size)                                      \
+    typedef struct __attribute__((aligned(2 * size))) name {                 \
+        type x, y;                                                           \
+    } name;                                                                  \
+    static inline __attribute__((unused)) name make_##name(type x, type y) { \
+        name pair = {x, y};                                                  \
+        return pair;                                                         \
     }
-#define EMULATOR_FOUR(type, name, alignment)                                                    \
-    typedef struct __attribute__((aligned(alignment))) name {                                   \
-        type x, y, z, w;                                                                        \
-    } name;                                                                                     \
-    static inline __attribute__((unused)) name make_##name(type x, type y, type z, type w) {    \
-        name four = {x, y, z, w};                                                               \
-        return four;                                                                            \
+#define EMULATOR_FOUR(type, name, alignment)                                                 \
+    typedef struct __attribute__((aligned(alignment))) name {                                \
+        type x, y, z, w;                                                                     \
+    } name;                                                                                  \
+    static inline __attribute__((unused)) name make_##name(type x, type y, type z, type w) { \
+        name four = {x, y, z, w};                                                            \
+        return four;                                                                         \
     }
 EMULATOR_PAIR(unsigned char, uchar2, 1)
 EMULATOR_PAIR(unsigned short, ushort2, 2)
@@ -69,25 +62,25 @@ typedef struct dim3 {
 } dim3;
 
 /* name, number, text of cudaGetErrorString */
-#define EMULATOR_ERRORS(X)                                                                            \
-    X(cudaSuccess, 0, "no error")                                                                     \
-    X(cudaErrorInvalidValue, 1, "invalid argument")                                                   \
-    X(cudaErrorMemoryAllocation, 2, "out of memory")                                                  \
-    X(cudaErrorInitializationError, 3, "initialization error")                                        \
-    X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                             \
-    X(cudaErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")                       \
-    X(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient for CUDA runtime version") \
-    X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                                   \
-    X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                          \
-    X(cudaErrorNoKernelImageForDevice, 209, "no kernel image is available for execution on the device") \
-    X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                                 \
-    X(cudaErrorNotReady, 600, "device not ready")                                                     \
-    X(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")                       \
-    X(cudaErrorLaunchOutOfResources, 701, "too many resources requested for launch")                  \
-    X(cudaErrorMisalignedAddress, 716, "misaligned address")                                          \
-    X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                      \
-    X(cudaErrorNotSupported, 801, "operation not supported")                                          \
-    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")     \
+#define EMULATOR_ERRORS(X)                                                                               \
+    X(cudaSuccess, 0, "no error")                                                                        \
+    X(cudaErrorInvalidValue, 1, "invalid argument")                                                      \
+    X(cudaErrorMemoryAllocation, 2, "out of memory")                                                     \
+    X(cudaErrorInitializationError, 3, "initialization error")                                           \
+    X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                                \
+    X(cudaErrorInvalidMemcpyDirection, 21, "invalid copy direction for memcpy")                          \
+    X(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient for CUDA runtime version")   \
+    X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                                      \
+    X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                             \
+    X(cudaErrorNoKernelImageForDevice, 209, "no kernel image is available for execution on the device")  \
+    X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                                    \
+    X(cudaErrorNotReady, 600, "device not ready")                                                        \
+    X(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")                          \
+    X(cudaErrorLaunchOutOfResources, 701, "too many resources requested for launch")                     \
+    X(cudaErrorMisalignedAddress, 716, "misaligned address")                                             \
+    X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                         \
+    X(cudaErrorNotSupported, 801, "operation not supported")                                             \
+    X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")        \
     X(cudaErrorStreamCaptureInvalidated, 901, "operation failed due to a previous error during capture") \
     X(cudaErrorUnknown, 999, "unknown error")
 #define EMULATOR_ERROR(name, number, text) name = number,
@@ -249,23 +242,23 @@ enum emulator_direction { EMULATOR_INDEX, EMULATOR_UP, EMULATOR_DOWN, EMULATOR_X
 /* The lane a shuffle reads, as the PTX manual defines shfl.sync: one outside of the segment stands for the own lane. */
 static inline int emulator_source(enum emulator_direction direction, int operand, int width) {
     const int lane = emulator_lane(), first = lane & -width, last = first + width - 1;
-    const int source = direction == EMULATOR_INDEX ? first + (operand & (width - 1))
-        : direction == EMULATOR_UP                 ? lane - operand
-        : direction == EMULATOR_DOWN               ? lane + operand
-                                                   : lane ^ operand;
+    const int source = direction == EMULATOR_INDEX  ? first + (operand & (width - 1))
+                       : direction == EMULATOR_UP   ? lane - operand
+                       : direction == EMULATOR_DOWN ? lane + operand
+                                                    : lane ^ operand;
     const int outside = direction == EMULATOR_UP ? source < first : source > last;
     return outside ? lane : source;
 }
 
-#define EMULATOR_SHUFFLE(type)                                                                      \
-    static inline type emulator_shuffle(                                                            \
-        const char *file, int line, enum emulator_direction direction, unsigned mask, type value,   \
-        int operand, int width = 32) {                                                              \
-        uint64_t bits = 0;                                                                          \
-        memcpy(&bits, &value, sizeof value);                                                        \
-        bits = emulator_exchange(mask, bits, emulator_source(direction, operand, width), file, line); \
-        memcpy(&value, &bits, sizeof value);                                                        \
-        return value;                                                                               \
+#define EMULATOR_SHUFFLE(type)                                                                                 \
+    static inline type emulator_shuffle(                                                                       \
+        const char *file, int line, enum emulator_direction direction, unsigned mask, type value, int operand, \
+        int width = 32) {                                                                                      \
+        uint64_t bits = 0;                                                                                     \
+        memcpy(&bits, &value, sizeof value);                                                                   \
+        bits = emulator_exchange(mask, bits, emulator_source(direction, operand, width), file, line);          \
+        memcpy(&value, &bits, sizeof value);                                                                   \
+        return value;                                                                                          \
     }
 EMULATOR_SHUFFLE(int)
 EMULATOR_SHUFFLE(unsigned)
@@ -278,28 +271,28 @@ EMULATOR_SHUFFLE(double)
 #undef EMULATOR_SHUFFLE
 
 /* Integers only, as style of this project: float sums in any order would not be reproducible. */
-#define EMULATOR_ATOMIC(type, name, expression)                          \
-    static inline type name(type *address, type value) {                 \
-        const type old = *address;                                       \
-        *address = expression;                                           \
-        return old;                                                      \
+#define EMULATOR_ATOMIC(type, name, expression)          \
+    static inline type name(type *address, type value) { \
+        const type old = *address;                       \
+        *address = expression;                           \
+        return old;                                      \
     }
-#define EMULATOR_ATOMICS(type)                                                       \
-    EMULATOR_ATOMIC(type, atomicMax, value > old ? value : old)                      \
-    EMULATOR_ATOMIC(type, atomicMin, value < old ? value : old)                      \
-    EMULATOR_ATOMIC(type, atomicOr, old | value)                                     \
-    EMULATOR_ATOMIC(type, atomicAnd, old &value)                                     \
-    EMULATOR_ATOMIC(type, atomicExch, value)                                         \
-    static inline type atomicCAS(type *address, type compare, type value) {          \
-        const type old = *address;                                                   \
-        *address = old == compare ? value : old;                                     \
-        return old;                                                                  \
-    }                                                                                \
-    static inline type max(type a, type b) {                                         \
-        return a > b ? a : b;                                                        \
-    }                                                                                \
-    static inline type min(type a, type b) {                                         \
-        return a < b ? a : b;                                                        \
+#define EMULATOR_ATOMICS(type)                                              \
+    EMULATOR_ATOMIC(type, atomicMax, value > old ? value : old)             \
+    EMULATOR_ATOMIC(type, atomicMin, value < old ? value : old)             \
+    EMULATOR_ATOMIC(type, atomicOr, old | value)                            \
+    EMULATOR_ATOMIC(type, atomicAnd, old &value)                            \
+    EMULATOR_ATOMIC(type, atomicExch, value)                                \
+    static inline type atomicCAS(type *address, type compare, type value) { \
+        const type old = *address;                                          \
+        *address = old == compare ? value : old;                            \
+        return old;                                                         \
+    }                                                                       \
+    static inline type max(type a, type b) {                                \
+        return a > b ? a : b;                                               \
+    }                                                                       \
+    static inline type min(type a, type b) {                                \
+        return a < b ? a : b;                                               \
     }
 EMULATOR_ATOMICS(int)
 EMULATOR_ATOMICS(unsigned)
@@ -361,10 +354,16 @@ template <class A> static void emulator_call(void (*function)(void), const void 
 
 template <class A>
 static cudaError_t emulator_launch_kernel(
-    const char *name, void (*kernel)(A), dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
+    const char *name,
+    void (*kernel)(A),
+    dim3 grid,
+    dim3 block,
+    void **arguments,
+    size_t shared,
+    cudaStream_t stream) {
     static_assert(sizeof(A) <= 4096, "the argument of a kernel is at most 4096 bytes");
-    const emulator_launch launch = {name, emulator_call<A>, (void (*)(void))kernel, arguments[0], sizeof(A), grid, block,
-        shared};
+    const emulator_launch launch = {
+        name, emulator_call<A>, (void (*)(void))kernel, arguments[0], sizeof(A), grid, block, shared};
     return emulator_run(&launch, stream);
 }
 

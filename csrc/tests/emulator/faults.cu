@@ -3,11 +3,10 @@
 
 #define WHOLE 0xffffffffu
 
-
 /* The entry of each kernel: c->blocks blocks of c->threads threads. */
-#define ENTRY(name)                                                                  \
-    cudaError_t name(const fault_case *c, cudaStream_t stream) {                     \
-        void *arguments[] = {(void *)c};                                             \
+#define ENTRY(name)                                                                                      \
+    cudaError_t name(const fault_case *c, cudaStream_t stream) {                                         \
+        void *arguments[] = {(void *)c};                                                                 \
         return cudaLaunchKernel(name##_kernel, dim3(c->blocks), dim3(c->threads), arguments, 0, stream); \
     }
 
@@ -85,7 +84,8 @@ static __global__ void fault_shared_index_kernel(fault_case c) {
     c.out[threadIdx.x] = values[31 - threadIdx.x];
 }
 
-static __device__ void set_one(volatile int *values, int i) {
+/* Not inlined: where the compiler sees the array, UndefinedBehaviorSanitizer reports it too. */
+__attribute__((noinline)) static __device__ void set_one(int *values, int i) {
     values[i] = 1;
 }
 
@@ -229,7 +229,8 @@ static __global__ void right_sum_kernel(fault_case c) {
 }
 
 static __global__ void right_atomics_kernel(fault_case c) {
-    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < c.count; i += (int64_t)blockDim.x * gridDim.x) {
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < c.count;
+        i += (int64_t)blockDim.x * gridDim.x) {
         atomicAdd(&c.out[0], c.in[i]);
         atomicMax(&c.out[1], c.in[i]);
         atomicMin(&c.out[2], c.in[i]);

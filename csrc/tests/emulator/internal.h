@@ -18,9 +18,6 @@
 /* Record a fault; inside a kernel the sentence begins with the kernel, block and thread. */
 void emulator_fault(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* The number of faults so far, taken or not. */
-int64_t emulator_faults(void);
-
 /* Run a kernel now. Returns cudaErrorLaunchFailure after a fault. */
 cudaError_t emulator_execute(const emulator_launch *launch);
 

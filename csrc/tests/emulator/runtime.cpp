@@ -80,17 +80,17 @@ static cudaError_t enter(const char *call) {
     return result(planted.error);
 }
 
-#define ENTER(call)                             \
-    do {                                        \
+#define ENTER(call)                               \
+    do {                                          \
         const cudaError_t planted_ = enter(call); \
-        if (planted_ != cudaSuccess)            \
-            return planted_;                    \
+        if (planted_ != cudaSuccess)              \
+            return planted_;                      \
     } while (0)
-#define TRY(expression)                         \
-    do {                                        \
+#define TRY(expression)                          \
+    do {                                         \
         const cudaError_t error_ = (expression); \
-        if (error_ != cudaSuccess)              \
-            return result(error_);              \
+        if (error_ != cudaSuccess)               \
+            return result(error_);               \
     } while (0)
 
 cudaError_t cudaPeekAtLastError(void) {
@@ -105,7 +105,7 @@ cudaError_t cudaGetLastError(void) {
 
 const char *cudaGetErrorString(cudaError_t error) {
 #define TEXT(name, number, text) \
-    case name: \
+    case name:                   \
         return text;
     switch (error) { EMULATOR_ERRORS(TEXT) }
 #undef TEXT
@@ -114,7 +114,7 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 const char *cudaGetErrorName(cudaError_t error) {
 #define NAME(name, number, text) \
-    case name: \
+    case name:                   \
         return #name;
     switch (error) { EMULATOR_ERRORS(NAME) }
 #undef NAME
@@ -535,7 +535,7 @@ cudaError_t cudaEventQuery(cudaEvent_t) {
 static int good_shape(const emulator_launch *l) {
     const uint64_t threads = (uint64_t)l->block.x * l->block.y * l->block.z;
     return threads >= 1 && threads <= 1024 && l->block.z <= 64 && l->grid.x >= 1 && l->grid.x <= INT32_MAX &&
-        l->grid.y >= 1 && l->grid.y <= 65535 && l->grid.z >= 1 && l->grid.z <= 65535;
+           l->grid.y >= 1 && l->grid.y <= 65535 && l->grid.z >= 1 && l->grid.z <= 65535;
 }
 
 cudaError_t emulator_run(const emulator_launch *wanted, cudaStream_t stream) {

@@ -89,7 +89,7 @@ enum thread_state { READY, AT_BARRIER, AT_WARP, DONE };
 typedef struct thread {
     enum thread_state state;
     uint3 index;
-    worker *runs_on; /* NULL before it starts and after its end */
+    worker *runs_on;  /* NULL before it starts and after its end */
     const char *file; /* where it waits */
     int line;
     unsigned mask;
@@ -188,14 +188,14 @@ static void worker_main(void) {
 
 static char first_fault[1024];
 static int fault_pending, faults_are_caught;
-static int64_t fault_count;
 
 void emulator_fault(const char *format, ...) {
     char sentence[sizeof first_fault];
     size_t used = 0;
     if (launch != NULL)
         used += (size_t)snprintf(
-            sentence, sizeof sentence / 2, "%s, block (%u, %u, %u)", launch->kernel, blockIdx.x, blockIdx.y, blockIdx.z);
+            sentence, sizeof sentence / 2, "%s, block (%u, %u, %u)", launch->kernel, blockIdx.x, blockIdx.y,
+            blockIdx.z);
     if (launch != NULL && current != NULL)
         used += (size_t)snprintf(
             sentence + used, sizeof sentence / 4, ", thread (%u, %u, %u)", threadIdx.x, threadIdx.y, threadIdx.z);
@@ -206,7 +206,6 @@ void emulator_fault(const char *format, ...) {
     vsnprintf(sentence + used, sizeof sentence - used, format, arguments);
     va_end(arguments);
     failed = 1;
-    fault_count++;
     if (!faults_are_caught) {
         fprintf(stderr, "emulator: %s\n", sentence);
         abort();
@@ -214,10 +213,6 @@ void emulator_fault(const char *format, ...) {
     if (!fault_pending)
         memcpy(first_fault, sentence, sizeof first_fault);
     fault_pending = 1;
-}
-
-int64_t emulator_faults(void) {
-    return fault_count;
 }
 
 void emulator_catch_faults(int on) {
@@ -331,8 +326,7 @@ int emulator_lane(void) {
 
 static const char *whereabouts(const thread *t, char *text, size_t size) {
     static const char *const names[] = {"runs", "waits at the barrier", "waits in the shuffle or vote", "has ended"};
-    int used =
-        snprintf(text, size, "thread (%u, %u, %u) %s", t->index.x, t->index.y, t->index.z, names[t->state]);
+    int used = snprintf(text, size, "thread (%u, %u, %u) %s", t->index.x, t->index.y, t->index.z, names[t->state]);
     if (t->state == AT_BARRIER || t->state == AT_WARP)
         snprintf(text + used, size - (size_t)used, " of %s:%d", t->file, t->line);
     return text;
@@ -350,12 +344,14 @@ static void check_mask(unsigned mask, int source, const char *file, int line) {
     if ((mask >> lane & 1) == 0)
         emulator_fault("lane %d is not in its own mask 0x%08x, at %s:%d", lane, mask, file, line);
     else if (source >= 0 && (mask >> source & 1) == 0)
-        emulator_fault("lane %d reads lane %d, which is not in the mask 0x%08x, at %s:%d", lane, source, mask, file, line);
+        emulator_fault(
+            "lane %d reads lane %d, which is not in the mask 0x%08x, at %s:%d", lane, source, mask, file, line);
     for (int i = 0; i < WARP && !failed; i++) {
         if ((mask >> i & 1) == 0)
             continue;
         if (first + i >= thread_count)
-            emulator_fault("the mask 0x%08x names lane %d, which the block does not have, at %s:%d", mask, i, file, line);
+            emulator_fault(
+                "the mask 0x%08x names lane %d, which the block does not have, at %s:%d", mask, i, file, line);
         else if (threads[first + i].state == DONE)
             emulator_fault("the mask 0x%08x names lane %d, which has ended, at %s:%d", mask, i, file, line);
     }
@@ -418,12 +414,12 @@ static unsigned char shared_anchor[16] __attribute__((section("qg_shared"), used
 /* Shared memory holds another pattern in each order, so that reading what nobody wrote is a race. Written byte by byte
  * and without the sanitizer, which keeps guards of its own between the variables. */
 __attribute__((no_sanitize_address, no_sanitize_undefined)) static void poison_shared(void) {
-    uint64_t pattern = order == EMULATOR_ASCENDING ? ~UINT64_C(0)
-        : order == EMULATOR_DESCENDING             ? UINT64_C(0xCBCBCBCBCBCBCBCB)
-                                                   : random_bits(&order_state);
+    uint64_t pattern = order == EMULATOR_ASCENDING    ? ~UINT64_C(0)
+                       : order == EMULATOR_DESCENDING ? UINT64_C(0xCBCBCBCBCBCBCBCB)
+                                                      : random_bits(&order_state);
     volatile uint64_t *const end = (volatile uint64_t *)((uintptr_t)__stop_qg_shared & ~(uintptr_t)7);
-    for (volatile uint64_t *word = (volatile uint64_t *)(((uintptr_t)__start_qg_shared + 7) & ~(uintptr_t)7); word < end;
-        word++)
+    for (volatile uint64_t *word = (volatile uint64_t *)(((uintptr_t)__start_qg_shared + 7) & ~(uintptr_t)7);
+        word < end; word++)
         *word = pattern;
 }
 
