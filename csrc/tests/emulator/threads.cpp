@@ -103,6 +103,7 @@ static int idle_count, worker_count;
 static thread threads[MOST_THREADS];
 static int thread_count;
 static unsigned meeting[MOST_THREADS / WARP]; /* lanes of a warp that wait in a shuffle or vote */
+static unsigned alive[MOST_THREADS / WARP];   /* lanes that exist and have not ended */
 static thread *current;
 static const emulator_launch *launch;
 static int failed; /* a fault ends the kernel */
@@ -180,6 +181,7 @@ static void worker_main(void) {
     for (;;) {
         launch->call(launch->function, launch->argument);
         current->state = DONE;
+        alive[(current - threads) / WARP] &= ~(1u << emulator_lane());
         leave();
     }
 }
@@ -340,21 +342,18 @@ static void stop(void) {
 
 /* The mask holds its caller, and only lanes that can still come; the source is in it. */
 static void check_mask(unsigned mask, int source, const char *file, int line) {
-    const int number = (int)(current - threads), lane = number % WARP, first = number - lane;
+    const int number = (int)(current - threads), lane = number % WARP;
     if ((mask >> lane & 1) == 0)
         emulator_fault("lane %d is not in its own mask 0x%08x, at %s:%d", lane, mask, file, line);
     else if (source >= 0 && (mask >> source & 1) == 0)
         emulator_fault(
             "lane %d reads lane %d, which is not in the mask 0x%08x, at %s:%d", lane, source, mask, file, line);
-    for (int i = 0; i < WARP && !failed; i++) {
-        if ((mask >> i & 1) == 0)
-            continue;
-        if (first + i >= thread_count)
-            emulator_fault(
-                "the mask 0x%08x names lane %d, which the block does not have, at %s:%d", mask, i, file, line);
-        else if (threads[first + i].state == DONE)
-            emulator_fault("the mask 0x%08x names lane %d, which has ended, at %s:%d", mask, i, file, line);
-    }
+    const unsigned missing = mask & ~alive[number / WARP];
+    const int i = __builtin_ffs((int)missing) - 1;
+    if (missing != 0)
+        emulator_fault(
+            "the mask 0x%08x names lane %d, which %s, at %s:%d", mask, i,
+            number - lane + i < thread_count ? "has ended" : "the block does not have", file, line);
     stop();
 }
 
@@ -489,12 +488,14 @@ static int settle(void) {
 
 static void run_block(void) {
     poison_shared();
+    memset(meeting, 0, sizeof meeting);
+    memset(alive, 0, sizeof alive);
     for (int i = 0; i < thread_count; i++) {
         const unsigned k = (unsigned)i, x = blockDim.x, y = blockDim.y;
         threads[i] = thread{};
         threads[i].index = uint3{k % x, k / x % y, k / x / y};
+        alive[i / WARP] |= 1u << (i % WARP);
     }
-    memset(meeting, 0, sizeof meeting);
     do
         run_until_blocked();
     while (!failed && settle());
