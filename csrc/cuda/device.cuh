@@ -14,6 +14,7 @@
 #define QG_INLINE static __host__ __device__ inline
 #define QG_TABLE static __constant__ const
 
+#include "core/dynamic8.h"
 #include "core/scalar.h"
 
 #ifdef __CUDACC__
@@ -70,6 +71,11 @@ static __device__ inline int team_rank(void) {
     return (int)(threadIdx.x % TEAM);
 }
 
+/* How many of `left` elements are in a thread's share, which they begin with: 0 to 16. */
+static __device__ inline int share_of(int64_t left) {
+    return left >= SHARE ? SHARE : left > 0 ? (int)left : 0;
+}
+
 static __device__ inline unsigned team_mask(void) {
     return 0xffffu << (threadIdx.x & TEAM);
 }
@@ -90,6 +96,27 @@ static __device__ inline int32_t team_largest(int32_t x) {
         x = other > x ? other : x;
     }
     return x;
+}
+
+/* ---------------------------------------------------------------- tables */
+
+/* *to, in shared memory, = *from, by all threads of a block: where threads of a warp look up different entries, constant
+ * memory serves them one after the other. Eight entries lie in eight banks. */
+static __device__ inline void copy_map(qg_dynamic_map *to, const qg_dynamic_map *from) {
+    const int i = (int)threadIdx.x;
+    if (i < 8) {
+        to->base[i] = from->base[i];
+        to->high[i] = from->high[i];
+        to->low[i] = from->low[i];
+        to->bound[i] = from->bound[i];
+        to->last[i] = from->last[i];
+        to->slope[i] = from->slope[i];
+        to->intercept[i] = from->intercept[i];
+    }
+    if (i == 0) {
+        to->zero = from->zero;
+    }
+    __syncthreads();
 }
 
 /* ---------------------------------------------------------------- lists
@@ -117,11 +144,10 @@ static __device__ inline int gradient_is_good(const float *absmax) {
 
 /* ---------------------------------------------------------------- memory
  *
- * Each of these accesses the first n of a thread's 16 elements, at most all of them, none where n <= 0. What a load
- * leaves out is 0. */
+ * Each of these accesses the first n of a thread's 16 elements, 0 <= n <= 16. What a load leaves out is 0. */
 
-static __device__ inline int is_whole(const void *address, int64_t n) {
-    return n >= SHARE && ((uintptr_t)address & 15) == 0;
+static __device__ inline int is_whole(const void *address, int n) {
+    return n == SHARE && ((uintptr_t)address & 15) == 0;
 }
 
 /* 16 aligned bytes: one access. */
@@ -150,14 +176,13 @@ static inline void store_words(void *to, const uint32_t in[4]) {
 }
 #endif
 
-/* Byte i of 16, and half i of 16, in words; i is a constant after unrolling. */
+/* Byte i and half i of 16, in words; i is a constant after unrolling. What is set has to be 0 before. */
 static __device__ inline uint8_t byte_of(const uint32_t bytes[4], int i) {
     return (uint8_t)(bytes[i / 4] >> (8 * (i % 4)));
 }
 
 static __device__ inline void set_byte(uint32_t bytes[4], int i, uint8_t byte) {
-    const uint32_t others = i % 4 == 0 ? 0 : bytes[i / 4];
-    bytes[i / 4] = others | (uint32_t)byte << (8 * (i % 4));
+    bytes[i / 4] |= (uint32_t)byte << (8 * (i % 4));
 }
 
 static __device__ inline uint16_t half_of(const uint32_t halves[8], int i) {
@@ -165,29 +190,25 @@ static __device__ inline uint16_t half_of(const uint32_t halves[8], int i) {
 }
 
 static __device__ inline void set_half(uint32_t halves[8], int i, uint16_t half) {
-    const uint32_t others = i % 2 == 0 ? 0 : halves[i / 2];
-    halves[i / 2] = others | (uint32_t)half << (16 * (i % 2));
+    halves[i / 2] |= (uint32_t)half << (16 * (i % 2));
 }
 
-/* set_byte and set_half begin a word with its lowest element: elements are set in ascending order, all of them. */
-
-static __device__ inline void load_bytes(uint32_t bytes[4], const uint8_t *from, int64_t n) {
+static __device__ inline void load_bytes(uint32_t bytes[4], const uint8_t *from, int n) {
     if (is_whole(from, n)) {
         load_words(bytes, from);
         return;
     }
+    bytes[0] = bytes[1] = bytes[2] = bytes[3] = 0;
     UNROLL
     for (int i = 0; i < SHARE; i++) {
-        uint8_t byte = 0;
         if (i < n) {
             emulator_note_load(from + i, 1);
-            byte = from[i];
+            set_byte(bytes, i, from[i]);
         }
-        set_byte(bytes, i, byte);
     }
 }
 
-static __device__ inline void store_bytes(uint8_t *to, const uint32_t bytes[4], int64_t n) {
+static __device__ inline void store_bytes(uint8_t *to, const uint32_t bytes[4], int n) {
     if (is_whole(to, n)) {
         store_words(to, bytes);
         return;
@@ -201,7 +222,7 @@ static __device__ inline void store_bytes(uint8_t *to, const uint32_t bytes[4], 
     }
 }
 
-static __device__ inline void load_halves(uint32_t halves[8], const uint16_t *from, int64_t n) {
+static __device__ inline void load_halves(uint32_t halves[8], const uint16_t *from, int n) {
     if (is_whole(from, n)) {
         load_words(halves, from);
         load_words(halves + 4, from + 8);
@@ -209,16 +230,17 @@ static __device__ inline void load_halves(uint32_t halves[8], const uint16_t *fr
     }
     UNROLL
     for (int i = 0; i < SHARE; i++) {
-        uint16_t half = 0;
+        if (i % 2 == 0) {
+            halves[i / 2] = 0;
+        }
         if (i < n) {
             emulator_note_load(from + i, 2);
-            half = from[i];
+            set_half(halves, i, from[i]);
         }
-        set_half(halves, i, half);
     }
 }
 
-static __device__ inline void store_halves(uint16_t *to, const uint32_t halves[8], int64_t n) {
+static __device__ inline void store_halves(uint16_t *to, const uint32_t halves[8], int n) {
     if (is_whole(to, n)) {
         store_words(to, halves);
         store_words(to + 8, halves + 4);
@@ -233,7 +255,7 @@ static __device__ inline void store_halves(uint16_t *to, const uint32_t halves[8
     }
 }
 
-static __device__ inline void load_float32(float x[SHARE], const float *from, int64_t n) {
+static __device__ inline void load_float32(float x[SHARE], const float *from, int n) {
     if (is_whole(from, n)) {
         UNROLL
         for (int i = 0; i < SHARE; i += 4) {
@@ -256,7 +278,7 @@ static __device__ inline void load_float32(float x[SHARE], const float *from, in
     }
 }
 
-static __device__ inline void store_float32(float *to, const float x[SHARE], int64_t n) {
+static __device__ inline void store_float32(float *to, const float x[SHARE], int n) {
     if (is_whole(to, n)) {
         UNROLL
         for (int i = 0; i < SHARE; i += 4) {
@@ -274,13 +296,17 @@ static __device__ inline void store_float32(float *to, const float x[SHARE], int
     }
 }
 
+/* source[i] as float32, from FLOAT32, BFLOAT16 or FLOAT16. */
+static __device__ inline float load_float(const void *source, qg_format format, int64_t i) {
+    if (format == QG_FLOAT32) {
+        return ((const float *)source)[i];
+    }
+    const uint16_t half = ((const uint16_t *)source)[i];
+    return format == QG_BFLOAT16 ? qg_from_bfloat16(half) : qg_from_float16(half);
+}
+
 /* x = source[first ..] as float32, from FLOAT32, BFLOAT16 or FLOAT16. */
-static __device__ inline void load_floats(
-    float x[SHARE],
-    const void *source,
-    qg_format format,
-    int64_t first,
-    int64_t n) {
+static __device__ inline void load_floats(float x[SHARE], const void *source, qg_format format, int64_t first, int n) {
     if (format == QG_FLOAT32) {
         load_float32(x, (const float *)source + first, n);
         return;
@@ -295,17 +321,12 @@ static __device__ inline void load_floats(
 }
 
 /* target[first ..] = x, rounded to nearest even. */
-static __device__ inline void store_floats(
-    void *target,
-    qg_format format,
-    int64_t first,
-    const float x[SHARE],
-    int64_t n) {
+static __device__ inline void store_floats(void *target, qg_format format, int64_t first, const float x[SHARE], int n) {
     if (format == QG_FLOAT32) {
         store_float32((float *)target + first, x, n);
         return;
     }
-    uint32_t halves[8];
+    uint32_t halves[8] = {0};
     UNROLL
     for (int i = 0; i < SHARE; i++) {
         set_half(halves, i, format == QG_BFLOAT16 ? qg_to_bfloat16(x[i]) : qg_to_float16(x[i]));
