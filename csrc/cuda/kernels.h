@@ -13,8 +13,6 @@ void qg_cuda_noise(int32_t *out, const qg_noise_stream *stream, int64_t start, i
 void qg_cuda_absmax(float *out, const qg_array *arrays, int64_t count, void *queue);
 int qg_cuda_finite(const void *source, qg_format format, int64_t count, void *queue);
 void qg_cuda_cast(const qg_cast_item *items, int64_t count, qg_format target_format, void *queue);
-
-/* subspace.cu */
 void qg_cuda_scaled_cast(
     void *target,
     qg_format target_format,
@@ -25,6 +23,8 @@ void qg_cuda_scaled_cast(
     int64_t source_row_stride,
     float scale,
     void *queue);
+
+/* subspace.cu */
 void qg_cuda_sum_squares(double *out, const void *source, qg_format format, int64_t count, void *queue);
 void qg_cuda_limit_growth(
     float *rate_out,
