@@ -105,8 +105,8 @@ typedef struct qg_projector {
  * gemm     c = a b (accumulate 0), c += a b (1) or c -= a b (-1) with a: m x k, b: k x n, c: m x n, element (i, j) of x
  *          at x[i * x_row_stride + j * x_col_stride]; c has unit column stride. All three are FLOAT32 or all three
  *          BFLOAT16 (accumulated in float32). accumulate is 0 for BFLOAT16.
- * potrf    a [n, n] = L L^T: reads the lower triangle, leaves L there and anything above. *failed = 0, or 1 where a is
- *          not positive definite (a is spoiled then).
+ * potrf    a [n, n] = L L^T: reads the lower triangle, leaves L there and anything above. *failed = 0, or another
+ *          number where a is not positive definite (a is spoiled then).
  * trtri    inverse [n, n] = L^-1, zeros above its diagonal; reads the lower triangle of `lower`.
  * qr       q [rows, cols], rows <= cols = an orthonormal basis of the rows of `a` (spoiled), any completion where they
  *          are dependent; row i of a has a coefficient >= 0 on row i of q (a = R^T q, R's diagonal >= 0).
@@ -416,6 +416,22 @@ void qg_cuda_end(qg_cuda *cuda);
 /* The tables to hand to the calls above; they are the GPU's until it is closed. */
 const qg_backend *qg_cuda_backend(qg_cuda *cuda);
 const qg_linalg *qg_cuda_linalg(qg_cuda *cuda);
+
+/* The thin singular value decomposition a = left^T diag(values) right, exact to rounding, with k = min(rows, cols) and
+ * the singular vectors one a row: the first r rows of `right` (`left`) are a basis for a projection on the right (left).
+ * A value that is not finite: INVALID_ARGUMENT. `a` is spoiled; nothing may overlap. The host waits for the device.
+ * Between begin and end, as are the products of the table. */
+qg_status qg_cuda_svd_scratch_size(qg_cuda *cuda, int64_t rows, int64_t cols, size_t *bytes);
+qg_status qg_cuda_svd(
+    qg_cuda *cuda,
+    float *left,   /* [k, rows] */
+    float *values, /* [k], falling */
+    float *right,  /* [k, cols] */
+    float *a,      /* [rows, cols] */
+    int64_t rows,
+    int64_t cols,
+    void *scratch,
+    size_t scratch_size);
 
 /* The sentence of the last failure of a call of this part. */
 const char *qg_cuda_error(const qg_cuda *cuda);

@@ -33,9 +33,20 @@ struct qg_cuda {
 /* Keep the first failure. */
 void qg_cuda_fail(qg_cuda *cuda, qg_status status, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
+/* The failure that was kept; there is none from then on. */
+qg_status qg_cuda_take(qg_cuda *cuda);
+
 /* Whether a call of the runtime succeeded; keeps "<what>: <text of the error> (<number>)" where it did not. Returns 1 for
  * success. */
 int qg_cuda_good(qg_cuda *cuda, cudaError_t error, const char *what);
+
+/* Whether the host may wait in this stream; keeps the failure where it may not: a stream that is being captured runs
+ * nothing. `what` is what would wait. */
+int qg_cuda_may_wait(qg_cuda *cuda, const char *what);
+
+/* Make the GPU the thread's current device; *before is what it was, for leave. enter returns 1 for success. */
+int qg_cuda_enter(qg_cuda *cuda, int *before);
+void qg_cuda_leave(qg_cuda *cuda, int before);
 
 /* The grid of `units` units of work for blocks that take `per_block` of them each: enough blocks, but no more than keep
  * the GPU busy; kernels loop over what is left with a stride of gridDim.x. */

@@ -98,6 +98,9 @@ void qg_cuda_scale_rows(
     int64_t cols,
     void *queue);
 
+/* The GPUs that the kernels are built for: "sm_80, sm_90". */
+void qg_cuda_architectures(char *text, size_t size);
+
 #ifdef __cplusplus
 }
 #endif

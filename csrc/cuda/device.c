@@ -1,0 +1,295 @@
+/* device.c - opening a GPU, what runs where, what has failed, and the table of its kernels. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "cuda/kernels.h"
+#include "cuda/libraries.h"
+
+enum {
+    NUMBERS_BYTES = 64 << 10,
+    BLOCKS_A_PROCESSOR = 16, /* eight of 256 threads are resident; twice that evens out the last wave */
+    WORKSPACE_ALIGNMENT = 256
+};
+
+/* ---------------------------------------------------------------- failures */
+
+void qg_cuda_fail(qg_cuda *cuda, qg_status status, const char *format, ...) {
+    if (cuda->status != QG_SUCCESS) {
+        return;
+    }
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(cuda->message, sizeof cuda->message, format, arguments);
+    va_end(arguments);
+    cuda->status = status;
+}
+
+static void fail_architecture(qg_cuda *cuda) {
+    char built[128] = "";
+    int major = 0, minor = 0;
+    qg_cuda_architectures(built, sizeof built);
+    if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, cuda->device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, cuda->device) != cudaSuccess) {
+        cudaGetLastError();
+    }
+    qg_cuda_fail(
+        cuda, QG_UNSUPPORTED,
+        "the kernels are built for %s and GPU %d is sm_%d%d: rebuild with Q_GALORE_CUDA_ARCHS=%d%d", built,
+        cuda->device, major, minor, major, minor);
+}
+
+int qg_cuda_good(qg_cuda *cuda, cudaError_t error, const char *what) {
+    if (error == cudaSuccess) {
+        return 1;
+    }
+    cudaGetLastError(); /* or the next call of anyone reports it again */
+    const char *text = cudaGetErrorString(error);
+    switch ((int)error) {
+    case cudaErrorInsufficientDriver:
+    case 34:  /* cudaErrorStubLibrary */
+    case 803: /* cudaErrorSystemDriverMismatch */
+        qg_cuda_fail(
+            cuda, QG_CUDA,
+            "the NVIDIA driver is missing or older than CUDA %d needs (version >= 580): install a newer one; %s: %s "
+            "(%d)",
+            CUDART_VERSION / 1000, what, text, (int)error);
+        break;
+    case cudaErrorNoDevice:
+        qg_cuda_fail(
+            cuda, QG_CUDA, "no GPU is seen by this process: look at nvidia-smi and CUDA_VISIBLE_DEVICES; %s: %s (%d)",
+            what, text, (int)error);
+        break;
+    case cudaErrorNoKernelImageForDevice:
+    case 98:  /* cudaErrorInvalidDeviceFunction */
+    case 222: /* cudaErrorUnsupportedPtxVersion */
+        fail_architecture(cuda);
+        break;
+    case cudaErrorMemoryAllocation:
+        qg_cuda_fail(
+            cuda, QG_OUT_OF_MEMORY, "%s: %s (%d): GPU %d has too little free memory", what, text, (int)error,
+            cuda->device);
+        break;
+    default:
+        qg_cuda_fail(cuda, QG_CUDA, "%s: %s (%d)", what, text, (int)error);
+    }
+    return 0;
+}
+
+int qg_cuda_may_wait(qg_cuda *cuda, const char *what) {
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    if (!qg_cuda_good(cuda, cudaStreamIsCapturing(cuda->stream, &capture), "cudaStreamIsCapturing")) {
+        return 0;
+    }
+    if (capture != cudaStreamCaptureStatusNone) {
+        qg_cuda_fail(
+            cuda, QG_UNSUPPORTED, "%s cannot be captured in a CUDA graph: call it outside of the capture", what);
+    }
+    return cuda->status == QG_SUCCESS;
+}
+
+qg_status qg_cuda_take(qg_cuda *cuda) {
+    const qg_status status = cuda->status;
+    cuda->status = QG_SUCCESS;
+    return status;
+}
+
+static qg_status take_failure(const char **sentence, void *queue) {
+    qg_cuda *cuda = queue;
+    *sentence = cuda->message;
+    return qg_cuda_take(cuda);
+}
+
+QG_EXPORT const char *qg_cuda_error(const qg_cuda *cuda) {
+    return cuda->message;
+}
+
+/* ---------------------------------------------------------------- work */
+
+unsigned qg_cuda_grid(const qg_cuda *cuda, int64_t units, int64_t per_block) {
+    const int64_t most = (int64_t)cuda->processors * BLOCKS_A_PROCESSOR;
+    const int64_t blocks = units / per_block + (units % per_block != 0);
+    return (unsigned)(blocks < 1 ? 1 : blocks < most ? blocks : most);
+}
+
+/* Where nothing can be fetched, the host gets bytes of 0xff: no number of them looks like a good one. */
+static void fetch(void *host, const void *device, size_t size, void *queue) {
+    qg_cuda *cuda = queue;
+    if (cuda->status != QG_SUCCESS || !qg_cuda_may_wait(cuda, "a call that reads numbers of the device") ||
+        !qg_cuda_good(
+            cuda, cudaMemcpyAsync(host, device, size, cudaMemcpyDeviceToHost, cuda->stream), "cudaMemcpyAsync") ||
+        !qg_cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "cudaStreamSynchronize")) {
+        memset(host, 0xff, size);
+    }
+}
+
+static qg_backend make_backend(qg_cuda *cuda) {
+    return (qg_backend){
+        .name = "cuda",
+        .queue = cuda,
+        .asynchronous = 1,
+        .batch_bytes = (size_t)64 << 20,
+        .tile_bytes = (size_t)4 << 20,
+        .chunks = qg_cuda_chunks,
+        .failure = take_failure,
+        .fetch = fetch,
+        .finite = qg_cuda_finite,
+        .noise = qg_cuda_noise,
+        .absmax = qg_cuda_absmax,
+        .cast = qg_cuda_cast,
+        .scaled_cast = qg_cuda_scaled_cast,
+        .sum_squares = qg_cuda_sum_squares,
+        .limit_growth = qg_cuda_limit_growth,
+        .normalise = qg_cuda_normalise,
+        .shift_gram = qg_cuda_shift_gram,
+        .bell = qg_cuda_bell,
+        .int8_quantize = qg_cuda_int8_quantize,
+        .int8_dequantize = qg_cuda_int8_dequantize,
+        .projector_quantize = qg_cuda_projector_quantize,
+        .projector_dequantize = qg_cuda_projector_dequantize,
+        .dynamic8_quantize = qg_cuda_dynamic8_quantize,
+        .dynamic8_dequantize = qg_cuda_dynamic8_dequantize,
+        .adam = qg_cuda_adam,
+        .update = qg_cuda_update,
+        .adam_update = qg_cuda_adam_update,
+    };
+}
+
+QG_EXPORT const qg_backend *qg_cuda_backend(qg_cuda *cuda) {
+    return &cuda->backend;
+}
+
+QG_EXPORT const qg_linalg *qg_cuda_linalg(qg_cuda *cuda) {
+    return &cuda->linalg;
+}
+
+/* ---------------------------------------------------------------- the thread's current device */
+
+int qg_cuda_enter(qg_cuda *cuda, int *before) {
+    return qg_cuda_good(cuda, cudaGetDevice(before), "cudaGetDevice") &&
+           qg_cuda_good(cuda, cudaSetDevice(cuda->device), "cudaSetDevice");
+}
+
+void qg_cuda_leave(qg_cuda *cuda, int before) {
+    if (before != cuda->device) {
+        qg_cuda_good(cuda, cudaSetDevice(before), "cudaSetDevice");
+    }
+}
+
+QG_EXPORT qg_status qg_cuda_begin(qg_cuda *cuda, void *stream, void *workspace, size_t workspace_size) {
+    cuda->status = QG_SUCCESS;
+    cuda->message[0] = '\0';
+    if ((uintptr_t)workspace % WORKSPACE_ALIGNMENT != 0) {
+        qg_cuda_fail(
+            cuda, QG_INVALID_ARGUMENT, "workspace: expected device memory at a multiple of %d bytes, got %p",
+            WORKSPACE_ALIGNMENT, workspace);
+        return qg_cuda_take(cuda);
+    }
+    if (!qg_cuda_enter(cuda, &cuda->device_before)) {
+        return qg_cuda_take(cuda);
+    }
+    cuda->stream = stream;
+    cuda->workspace = workspace;
+    cuda->workspace_size = workspace_size;
+    qg_libraries_restart(cuda);
+    return QG_SUCCESS;
+}
+
+QG_EXPORT void qg_cuda_end(qg_cuda *cuda) {
+    cuda->stream = NULL;
+    cuda->workspace = NULL;
+    cuda->workspace_size = 0;
+    qg_cuda_leave(cuda, cuda->device_before);
+}
+
+/* ---------------------------------------------------------------- open and close */
+
+/* Whether this GPU runs what was built: one kernel, on a stream that nobody else has. */
+static void try_kernel(qg_cuda *cuda) {
+    const size_t one = sizeof(float);
+    if (!qg_cuda_good(
+            cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags")) {
+        return;
+    }
+    if (qg_cuda_good(cuda, cudaMemsetAsync(cuda->numbers, 0, one, cuda->stream), "cudaMemsetAsync")) {
+        qg_cuda_signs(cuda->numbers + 1, cuda->numbers, 1, 1, cuda);
+    }
+    if (cuda->status == QG_SUCCESS) {
+        qg_cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "the first kernel");
+    }
+    cudaStreamDestroy(cuda->stream);
+    cuda->stream = NULL;
+}
+
+static void set_up(qg_cuda *cuda) {
+    if (qg_cuda_good(
+            cuda, cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, cuda->device),
+            "cudaDeviceGetAttribute") &&
+        qg_cuda_good(cuda, cudaMalloc((void **)&cuda->numbers, NUMBERS_BYTES), "cudaMalloc")) {
+        try_kernel(cuda);
+    }
+}
+
+static void check_device(qg_cuda *cuda) {
+    int count = 0;
+    if (qg_cuda_good(cuda, cudaGetDeviceCount(&count), "cudaGetDeviceCount") &&
+        (cuda->device < 0 || cuda->device >= count)) {
+        qg_cuda_fail(
+            cuda, QG_INVALID_ARGUMENT, "device %d: expected 0 to %d, the GPUs that this process sees", cuda->device,
+            count - 1);
+    }
+}
+
+static qg_status refuse(qg_status status, const char *sentence, char *message, size_t message_size) {
+    if (message != NULL && message_size > 0) {
+        snprintf(message, message_size, "%s", sentence);
+    }
+    return status;
+}
+
+QG_EXPORT qg_status qg_cuda_open(qg_cuda **cuda, const qg_cuda_params *params, char *message, size_t message_size) {
+    if (cuda == NULL || params == NULL || params->struct_size != sizeof *params) {
+        char sentence[128];
+        snprintf(
+            sentence, sizeof sentence,
+            "qg_cuda_open: expected a place for the GPU and a qg_cuda_params with struct_size %zu", sizeof *params);
+        return refuse(QG_INVALID_ARGUMENT, sentence, message, message_size);
+    }
+    *cuda = NULL;
+    qg_cuda *opened = calloc(1, sizeof *opened);
+    if (opened == NULL) {
+        return refuse(QG_OUT_OF_MEMORY, "qg_cuda_open: the host has no memory left", message, message_size);
+    }
+    opened->device = params->device;
+    opened->allow_tf32 = params->allow_tf32 != 0;
+    int before = 0;
+    check_device(opened);
+    if (opened->status == QG_SUCCESS && qg_cuda_enter(opened, &before)) {
+        set_up(opened);
+        qg_cuda_leave(opened, before);
+    }
+    if (opened->status != QG_SUCCESS) {
+        const qg_status status = refuse(opened->status, opened->message, message, message_size);
+        qg_cuda_close(opened);
+        return status;
+    }
+    opened->backend = make_backend(opened);
+    opened->linalg = qg_cuda_make_linalg(opened);
+    *cuda = opened;
+    return QG_SUCCESS;
+}
+
+QG_EXPORT void qg_cuda_close(qg_cuda *cuda) {
+    if (cuda == NULL) {
+        return;
+    }
+    int before = 0;
+    cuda->status = QG_SUCCESS;
+    if ((cuda->numbers != NULL || cuda->libraries != NULL) && qg_cuda_enter(cuda, &before)) {
+        qg_libraries_close(cuda);
+        cudaFree(cuda->numbers);
+        qg_cuda_leave(cuda, before);
+    }
+    free(cuda);
+}
