@@ -402,6 +402,9 @@ typedef struct qg_cuda_params {
     int32_t allow_tf32; /* 1: FLOAT32 products may round their factors to TF32 */
 } qg_cuda_params;
 
+/* The version of the library: QG_VERSION of the header that it was built with. */
+const char *qg_cuda_version(void);
+
 /* Open a GPU. `message` [message_size] holds one sentence if that fails. cuBLAS and cuSOLVER are opened when they are
  * needed first, by name, where the process has them already those. */
 qg_status qg_cuda_open(qg_cuda **cuda, const qg_cuda_params *params, char *message, size_t message_size);

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -15,7 +14,6 @@ from q_galore_torch import ops
 from q_galore_torch.memory import GB, plan_memory, what_fits
 from q_galore_torch.report import ReportError, write_report
 
-_CUDA_LIBRARY = "libq_galore_cuda13.so"
 _USAGE = (
     "usage: python -m q_galore_torch info | report RUN [--out FOLDER] | plan CONFIG --rank R [--gpu-memory GB] [...]"
 )
@@ -31,18 +29,34 @@ plan      print the bytes that training will take, in GB of 10**9, and with --gp
 
 
 def _cuda() -> tuple[bool, str]:
-    """Whether the CUDA backend can be used, and the devices or every reason why not."""
-    reasons = []
-    if not (Path(q_galore_torch.__file__).parent / _CUDA_LIBRARY).exists():
-        reasons.append(f"this installation has no CUDA kernels ({_CUDA_LIBRARY} is missing)")
+    """Whether the CUDA backend can be used: its version and the devices, or every reason why not."""
+    reasons, version = [], ""
+    try:
+        version = ops.cuda_version()
+    except RuntimeError as error:
+        reasons.append(_sentence(error))
     if torch.version.cuda is None:
         reasons.append(f"torch {torch.__version__} is built without CUDA")
     elif not torch.cuda.is_available():
         reasons.append(f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no usable device or driver")
     if reasons:
-        return False, "; ".join(reasons)
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return True, ", ".join(names)
+        return False, "; ".join([f"kernels {version} are installed"] * bool(version) + reasons)
+    tried = [_try(index) for index in range(torch.cuda.device_count())]
+    return any(good for good, _ in tried), f"kernels {version}; " + ", ".join(text for _, text in tried)
+
+
+def _try(index: int) -> tuple[bool, str]:
+    """Whether a kernel runs on a device; its name, or why not."""
+    try:
+        ops.noise(0, 0, 0, 0, 1, device=f"cuda:{index}").item()
+    except RuntimeError as error:
+        return False, _sentence(error)
+    return True, torch.cuda.get_device_name(index)
+
+
+def _sentence(error: RuntimeError) -> str:
+    """The first line of what an operator raised, without its name."""
+    return str(error).partition("\n")[0].removeprefix("q_galore: ")
 
 
 def info() -> list[tuple[str, str]]:

@@ -27,8 +27,8 @@ def _float_of(code: int) -> torch.dtype:
 
 
 @torch.library.register_fake("q_galore::noise")
-def _(seed: int, id: int, step: int, start: int, count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.int32)
+def _(like: Tensor, seed: int, id: int, step: int, start: int, count: int) -> Tensor:
+    return like.new_empty(count, dtype=torch.int32)
 
 
 @torch.library.register_fake("q_galore::absmax")
@@ -143,6 +143,12 @@ def _check_lengths(count: int, *lists: Sequence[object]) -> None:
     torch._check(all(length == count for length in lengths), lambda: f"expected lists of {count}, got {lengths}")
 
 
+def _check_numbers(count: int, stats: Tensor, absmax: Tensor) -> None:
+    _check(stats, "stats", stats, (torch.int64,), [count, 2])
+    if absmax.numel() > 0:
+        _check(absmax, "absmax", stats, (torch.float32,), [count])
+
+
 @torch.library.register_fake("q_galore::adam8_step_")
 def _(
     weights: list[Tensor],
@@ -157,6 +163,7 @@ def _(
     noise_steps: list[int],
     ids: list[int],
     stats: Tensor,
+    absmax: Tensor,
     lr: float,
     beta1: float,
     beta2: float,
@@ -169,7 +176,7 @@ def _(
 ) -> None:
     lists = (scales, zeros, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids)
     _check_lengths(len(weights), *lists)
-    _check(stats, "stats", stats, (torch.int64,), [len(weights), 2])
+    _check_numbers(len(weights), stats, absmax)
     for i, weight in enumerate(weights):
         moments, maxima = (exp_avg[i], exp_avg_sq[i]), (exp_avg_absmax[i], exp_avg_sq_absmax[i])
         flat = [_blocks(weight.numel(), block)]
@@ -199,6 +206,7 @@ def _(
     ids: list[int],
     stats: Tensor,
     norms: Tensor,
+    absmax: Tensor,
     proj_format: int,
     proj_block: int,
     low_rank: bool,
@@ -218,7 +226,7 @@ def _(
     lists = (scales, zeros, grads, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax, bias_steps, noise_steps, ids)
     _check_lengths(len(weights), *lists, proj_codes, proj_scales, proj_zeros, sides)
     _check_lengths(len(weights) if FULL in sides or right_codes else 0, right_codes, right_scales, right_zeros)
-    _check(stats, "stats", stats, (torch.int64,), [len(weights), 2])
+    _check_numbers(len(weights), stats, absmax)
     if norm_growth_limit:
         _check(norms, "norms", stats, (torch.float64,), [len(weights)])
     for i, weight in enumerate(weights):
@@ -245,12 +253,12 @@ def _(gradient: Tensor, basis: Tensor, side: int, steps: int, compute_format: in
     _check(gradient, "gradient", gradient, tuple(FLOAT_FORMATS), gradient.shape)
     dim = gradient.shape[1] if side == RIGHT else gradient.shape[0]
     _check(basis, "basis", gradient, (torch.float32,), [basis.shape[0], dim])
-    return torch.empty_like(basis), torch.empty(5, dtype=torch.float64)
+    return torch.empty_like(basis), torch.empty(5, dtype=torch.float64, device="cpu")
 
 
 @torch.library.register_fake("q_galore::subspace_random")
-def _(rank: int, dim: int, seed: int, id: int, draw: int) -> Tensor:
-    return torch.empty(rank, dim, dtype=torch.float32)
+def _(like: Tensor, rank: int, dim: int, seed: int, id: int, draw: int) -> Tensor:
+    return like.new_empty((rank, dim), dtype=torch.float32)
 
 
 @torch.library.register_fake("q_galore::captured_energy")
@@ -259,4 +267,4 @@ def _(gradient: Tensor, right: Tensor, left: Tensor, compute_format: int) -> Ten
     for name, basis, dim in (("right", right, gradient.shape[1]), ("left", left, gradient.shape[0])):
         if basis.numel() > 0:
             _check(basis, name, gradient, (torch.float32,), [basis.shape[0], dim])
-    return torch.empty((), dtype=torch.float64)
+    return torch.empty((), dtype=torch.float64, device="cpu")

@@ -65,10 +65,21 @@ def set_simd_level(level: str) -> None:
     _op.set_simd_level(SIMD_LEVELS.index(level))
 
 
+def cuda_version() -> str:
+    """The version of the CUDA kernels' library, which is loaded for that; no GPU is needed.
+
+    Raises:
+        RuntimeError: it is not there, cannot be loaded, or is of another version; says what to do.
+    """
+    return _op.cuda_version()
+
+
 # ---------------------------------------------------------------- formats
 
 
-def noise(seed: int, id: int, step: int, start: int, count: int) -> Tensor:
+def noise(
+    seed: int, id: int, step: int, start: int, count: int, *, device: torch.device | str | None = "cpu"
+) -> Tensor:
     """The 24-bit uniform integers of elements ``start .. start + count``.
 
     Args:
@@ -77,11 +88,12 @@ def noise(seed: int, id: int, step: int, start: int, count: int) -> Tensor:
         step: step of that parameter, >= 0.
         start: first flat element index.
         count: how many.
+        device: where they are made, default the CPU.
 
     Returns:
-        int32 tensor [count] on the CPU, each in [0, 2**24): a function of the arguments alone.
+        int32 tensor [count], each in [0, 2**24): a function of the arguments alone, the same on every device.
     """
-    return _op.noise(seed, id, step, start, count)
+    return _op.noise(torch.empty(0, device=device), seed, id, step, start, count)
 
 
 def absmax(tensors: Sequence[Tensor]) -> Tensor:
@@ -192,13 +204,14 @@ def adam8_step_(
     stochastic_round: bool = True,
     group_size: int = 256,
     block: int = 256,
+    absmax: Tensor | None = None,
 ) -> None:
     """AdamW in place: ``W <- W (1 - lr weight_decay) - lr N`` for each weight of a list (algorithm: AdamW; 8-bit Adam).
 
     Args:
         weights: float32, bfloat16, float16, or uint8 codes of INT8 weights; contiguous, any shape.
         scales, zeros: float32 and int16 [groups] of INT8 weights; empty tensors for float weights.
-        grads: float tensors of the weights' shapes, finite with |g| <= 1e18 (see :func:`absmax`).
+        grads: float tensors of the weights' shapes, finite with |g| <= 1e18 unless ``absmax`` is given.
         exp_avg, exp_avg_sq: the moments, float32 or uint8 (dynamic map), of the weights' shapes. Blocks run along the
             flat weight.
         exp_avg_absmax, exp_avg_sq_absmax: float32 [ceil(numel / block)] of uint8 moments, else empty.
@@ -208,6 +221,8 @@ def adam8_step_(
         stochastic_round: round INT8 and bfloat16 weights stochastically instead of to nearest.
         group_size: elements in a group of the INT8 weights.
         block: elements in a block of the moments.
+        absmax: float32 [len], as :func:`absmax` gives it for ``grads``: where it is above 1e18, infinity included, that
+            weight and its moments are left as they are. None (default): no gradient is looked at.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape or value. Nothing has been written then.
@@ -225,6 +240,7 @@ def adam8_step_(
         list(noise_steps),
         list(ids),
         stats,
+        _given(absmax, stats, torch.float32),
         lr,
         beta1,
         beta2,
@@ -274,6 +290,7 @@ def galore_step_(
     right_zeros: Sequence[Tensor] = (),
     norm_growth_limit: float = 0.0,
     norms: Tensor | None = None,
+    absmax: Tensor | None = None,
 ) -> None:
     """Projected AdamW in place: ``W <- W (1 - lr weight_decay) - lr scale U`` for each m x n matrix of a list.
 
@@ -297,6 +314,7 @@ def galore_step_(
             (default) is off.
         norms: float64 [len], the norm of each matrix's N in its step before, 0 for none (no limit in that step);
             becomes this step's. Needed with a limit, left alone without.
+        absmax: as in :func:`adam8_step_`.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape or value. Nothing has been written then.
@@ -322,7 +340,8 @@ def galore_step_(
         list(noise_steps),
         list(ids),
         stats,
-        stats.new_empty(0, dtype=torch.float64) if norms is None else norms,
+        _given(norms, stats, torch.float64),
+        _given(absmax, stats, torch.float32),
         _proj_code(proj_format),
         proj_block,
         low_rank,
@@ -339,6 +358,11 @@ def galore_step_(
         compute_format,
         norm_growth_limit,
     )
+
+
+def _given(tensor: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor, or an empty one that stands for none."""
+    return like.new_empty(0, dtype=dtype) if tensor is None else tensor
 
 
 # ---------------------------------------------------------------- subspaces
@@ -415,7 +439,9 @@ def subspace_refresh(
     return Refresh(found, bool(kept), int(power_steps), int(fallbacks), energy_old, energy_new)
 
 
-def subspace_random(rank: int, dim: int, seed: int, id: int, draw: int) -> Tensor:
+def subspace_random(
+    rank: int, dim: int, seed: int, id: int, draw: int, *, device: torch.device | str | None = "cpu"
+) -> Tensor:
     """A seeded random orthonormal basis.
 
     Args:
@@ -424,15 +450,16 @@ def subspace_random(rank: int, dim: int, seed: int, id: int, draw: int) -> Tenso
         seed: any 64-bit integer.
         id: number of the parameter, 32 bits.
         draw: which of this parameter's bases, 32 bits.
+        device: where it is made, default the CPU.
 
     Returns:
-        float32 [rank, dim] on the CPU. The numbers drawn are the same bits everywhere; the basis is, on one machine.
+        float32 [rank, dim]. The numbers drawn are the same bits everywhere; the basis is, on one machine and device.
 
     Raises:
         ValueError: an argument is out of range.
     """
     with _float32_products():
-        return _op.subspace_random(rank, dim, seed, id, draw)
+        return _op.subspace_random(torch.empty(0, device=device), rank, dim, seed, id, draw)
 
 
 def captured_energy(
@@ -454,7 +481,7 @@ def captured_energy(
     Raises:
         ValueError: an argument has the wrong dtype, shape or value, or there is no basis.
     """
-    absent = torch.empty(0)
+    absent = gradient.new_empty(0)
     bases = (absent if right is None else right, absent if left is None else left)
     compute_format = _compute_code(compute_dtype)
     with _float32_products():

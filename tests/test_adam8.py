@@ -139,6 +139,24 @@ def test_adam8_bfloat16_rounding_is_unbiased():
     assert abs(mean - 1e-4) < 5 * step * (fraction * (1 - fraction) / n) ** 0.5 + 1e-9
 
 
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_adam8_leaves_flagged_parameters_alone(storage, moments):
+    """A gradient over 1e18 or not finite changes nothing of its parameter; the others are updated as ever."""
+    sizes, flags = [(300,), (40,), (5000,), (513,)], torch.tensor([1.0, torch.inf, 1e18, 1.1e18])
+    weights, states = make(sizes, storage, moments)
+    expected = clone(weights), clone(states)
+    grads = [spread(*s, seed=i) for i, s in enumerate(sizes)]
+    grads[1][7], grads[3][512] = torch.nan, 1.1e18
+    stats = run(ops, weights, states, grads, 1, absmax=flags)
+    assert torch.equal(run(reference, *expected, grads, 1, absmax=flags), stats)
+    untouched = make(sizes, storage, moments)
+    for lists, wanted, before in zip(weights + states, sum(expected, []), sum(untouched, []), strict=True):
+        assert all(map(same_bits, lists, wanted))
+        assert same_bits(lists[1], before[1]) and same_bits(lists[3], before[3])
+    assert not same_bits(weights[0][2], untouched[0][0][2])
+
+
 def test_adam8_refuses_bad_input_and_changes_nothing():
     weights, states = make([(300,), (40,)], "int8", "dynamic8")
     grads = [torch.randn(300), torch.randn(40)]
@@ -152,6 +170,7 @@ def test_adam8_refuses_bad_input_and_changes_nothing():
         (dict(grads=grads[:1]), r"grads must be a list of 2, got 1"),
         (dict(beta1=1.0), r"betas: expected \[0, 1\), got \(1, 0.999\)"),
         (dict(lr=float("nan")), r"lr, scale, weight_decay and eps must be finite"),
+        (dict(absmax=torch.ones(3)), r"absmax must be contiguous float32 \[2\] on cpu, got float32 \[3\]"),
         (dict(group_size=0), r"group_size must be from 1"),
         (dict(group_size=128), r"scales\[0\] must be contiguous float32 \[3\]"),
     ]

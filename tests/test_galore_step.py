@@ -107,6 +107,24 @@ def run(
 
 
 @SIDES
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("flag", [torch.inf, 1.1e18, 1e18])
+def test_a_flagged_matrix_is_left_alone(side, low_rank, flag):
+    """Weight, moments and norm stay as they are, whatever the gradient holds; a flag of 1e18 is none."""
+    weights, states, projector = make(40, 24, 8, side, storage="int8", moments="dynamic8")
+    before, norms = clone([*weights, *states]), torch.full((1,), 3.0, dtype=torch.float64)
+    shape = tuple(states[0][0].shape) if low_rank else (40, 24)
+    gradient = torch.full(shape, torch.nan) if flag > 1e18 else torch.ones(shape)
+    options = dict(low_rank=low_rank, absmax=torch.tensor([flag]), norms=norms, norm_growth_limit=1.01)
+    stats = run(ops, weights, states, projector, gradient, side, 2, proj_format="float32", **options)
+    same = [same_bits(x[0], y[0]) for x, y in zip([*weights, *states], before, strict=True)]
+    if flag > 1e18:
+        assert all(same) and norms.item() == 3.0 and not stats.any()
+    else:
+        assert not same[0] and not same[3] and norms.item() != 3.0
+
+
+@SIDES
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("m, n", SHAPES)
 def test_galore_moments_equal_reference(side, moments, m, n):

@@ -29,6 +29,12 @@ def test_noise_equals_reference(level, seed, id, step, start):
         assert torch.equal(ops.noise(seed, id, step, start, count), reference.noise(seed, id, step, start, count))
 
 
+def test_noise_is_made_on_the_device_that_is_asked_for():
+    made = ops.noise(3, 1, 2, 0, 10, device="meta")
+    assert made.device.type == "meta" and made.shape == (10,) and made.dtype == torch.int32
+    assert ops.subspace_random(3, 10, 0, 0, 0, device="meta").device.type == "meta"
+
+
 def test_noise_does_not_depend_on_chunks_or_threads():
     whole = ops.noise(3, 1, 2, 0, 100_000)
     torch.set_num_threads(1)

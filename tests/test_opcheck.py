@@ -23,20 +23,20 @@ def step_arguments(side: int | None, storage: str, moments: str):
     stats = torch.zeros(1, 2, dtype=torch.int64)
     common = [*weight, [torch.randn(40, 24)], *states]
     if not projected:
-        return (*common, [1], [1], [0], stats, *hyper, 3, True, 256, 256)
+        return (*common, [1], [1], [0], stats, torch.ones(1), *hyper, 3, True, 256, 256)
     right = [[x] for x in ops.projector_quantize(torch.randn(8, 24), "int4", 64)]
     left = [[x] for x in ops.projector_quantize(torch.randn(8, 40), "int4", 64)]
     projector = {ops.RIGHT: [*right, [], [], []], ops.LEFT: [*left, [], [], []], ops.FULL: [*left, *right]}[side]
     limit = 1.01 if side == ops.FULL else 0.0
     norms = torch.ones(1, dtype=torch.float64)
     options = (17, 64, False, *hyper, 0.25, 3, True, 256, 256, 0, limit)
-    return (*common, *projector, [side], [1], [1], [0], stats, norms, *options)
+    return (*common, *projector, [side], [1], [1], [0], stats, norms, torch.ones(1), *options)
 
 
 def cases():
     codes, scales, zeros = ops.int8_quantize(torch.randn(40, 24))
     moment = ops.dynamic8_quantize(torch.randn(8, 300), True)
-    yield "noise", op.noise.default, (1, 2, 3, 4, 50)
+    yield "noise", op.noise.default, (torch.empty(0), 1, 2, 3, 4, 50)
     yield "absmax", op.absmax.default, ([torch.randn(5), torch.randn(3, 3).bfloat16()],)
     yield "int8_quantize", op.int8_quantize.default, (torch.randn(40, 24), 256)
     yield "int8_dequantize", op.int8_dequantize.default, (codes, scales, zeros, 256, 1)
@@ -55,7 +55,7 @@ def cases():
             )
     yield "dynamic8_quantize", op.dynamic8_quantize.default, (torch.randn(8, 300), True, 256)
     yield "dynamic8_dequantize", op.dynamic8_dequantize.default, (*moment, True, 256)
-    yield "subspace_random", op.subspace_random.default, (4, 24, 1, 2, 3)
+    yield "subspace_random", op.subspace_random.default, (torch.empty(0), 4, 24, 1, 2, 3)
     for side, dim in ((0, 24), (1, 40)):
         arguments = (torch.randn(40, 24), torch.randn(8, dim), side, 0, 0)
         yield f"subspace_refresh side {side}", op.subspace_refresh.default, arguments
@@ -80,9 +80,10 @@ def test_opcheck(name, function, arguments):
 
 def test_every_op_is_checked():
     checked = {function._schema.name for _, function, _ in CASES}
-    levels = {f"q_galore::{name}" for name in ("simd_level", "best_simd_level", "set_simd_level")}
+    plain = {"simd_level", "best_simd_level", "set_simd_level", "set_cpu_tables", "cuda_version"}  # no tensors
+    plain.add("linear_backward")  # written in Python: test_compile.py
     registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("q_galore::")}
-    assert checked == registered - levels - {"q_galore::linear_backward"}  # written in Python: test_compile.py
+    assert checked == registered - {f"q_galore::{name}" for name in plain}
 
 
 def test_fakes_refuse_wrong_shapes_and_devices():
@@ -99,6 +100,7 @@ def test_fakes_refuse_wrong_shapes_and_devices():
         ("grads", [torch.randn(24, 40, device="meta")], r"grads\[0\]: expected .*40, 24.*, got \[24, 40\]"),
         ("right_codes", arguments["proj_codes"], r"projector codes: expected \[8, 12\], got \[8, 20\]"),
         ("right_codes", [], r"expected lists of 1, got \[0, 1, 1\]"),
+        ("absmax", torch.ones(2, device="meta"), r"absmax: expected \[1\], got \[2\]"),
         ("norms", torch.zeros(2, device="meta").double(), r"norms: expected \[1\], got \[2\]"),
         ("exp_avg", [torch.zeros(8, 24, device="meta").byte()], r"moments\[0\]: expected \[8, 8\], got \[8, 24\]"),
     ):
@@ -125,6 +127,11 @@ def test_simd_levels():
     assert ops.simd_level() == ops.simd_levels()[-1]
 
 
+def test_other_tables_are_two():
+    with pytest.raises(ValueError, match=r"set_cpu_tables: backend, linalg must be two addresses or 0, 0, got 1, 0"):
+        op.set_cpu_tables(1, 0)
+
+
 def test_absmax():
     values = [
         torch.tensor([1.0, -3.0]),
@@ -134,6 +141,8 @@ def test_absmax():
     ]
     assert ops.absmax(values).tolist() == [3.0, 0.0, torch.inf, torch.inf]
     assert ops.absmax([]).shape == (0,)
+    with pytest.raises(ValueError, match="tensors must be a list of at least one, got 0"):
+        op.absmax.default.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), [])
     for dtype in (torch.bfloat16, torch.float16):
         x = torch.randn(10_001).to(dtype)
         assert ops.absmax([x, x[1:]]).tolist() == [x.float().abs().max().item(), x[1:].float().abs().max().item()]

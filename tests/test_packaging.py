@@ -12,6 +12,7 @@ import venv
 import zipfile
 from email.message import Message
 from email.parser import Parser
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -310,24 +311,37 @@ def test_info_names_versions_backends_and_simd(capsys: pytest.CaptureFixture[str
 
 def test_info_says_why_cuda_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Each reason is told, and the backend is listed only when there is none."""
-    monkeypatch.setattr(q_galore_torch, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setenv("Q_GALORE_CUDA_LIBRARY", str(tmp_path / "nowhere.so"))
     monkeypatch.setattr(torch.version, "cuda", None)
     without = dict(command_line.info())
     assert without["backends"] == "cpu"
-    assert "has no CUDA kernels (libq_galore_cuda13.so is missing)" in without["CUDA"]
+    assert without["CUDA"].startswith("not available: this installation has no CUDA kernels (")
     assert "is built without CUDA" in without["CUDA"]
 
-    (tmp_path / "libq_galore_cuda13.so").touch()
+    monkeypatch.setattr(ops, "cuda_version", lambda: "2.0")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     undriven = dict(command_line.info())["CUDA"]
-    assert undriven == f"not available: torch {torch.__version__} (CUDA 13.0) finds no usable device or driver"
+    finds = f"torch {torch.__version__} (CUDA 13.0) finds no usable device or driver"
+    assert undriven == f"not available: kernels 2.0 are installed; {finds}"
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"device {index}")
-    assert dict(command_line.info())["CUDA"] == "available: device 0"
-    assert dict(command_line.info())["backends"] == "cpu, cuda"
+    for broken, expected, backends in (
+        ([], "available: kernels 2.0; device 0, device 1", "cpu, cuda"),
+        (["cuda:1"], "available: kernels 2.0; device 0, cuda:1 cannot be used: too old", "cpu, cuda"),
+        (["cuda:0", "cuda:1"], "not available: kernels 2.0; cuda:0 cannot be used: too old, cuda:1 cannot", "cpu"),
+    ):
+        monkeypatch.setattr(ops, "noise", partial(_noise_unless, broken))
+        assert dict(command_line.info())["CUDA"].startswith(expected)
+        assert dict(command_line.info())["backends"] == backends
+
+
+def _noise_unless(broken: list[str], *arguments: int, device: str) -> torch.Tensor:
+    if device in broken:
+        raise RuntimeError(f"q_galore: {device} cannot be used: too old\nwhere it was thrown")
+    return torch.zeros(1)
 
 
 @pytest.mark.parametrize(

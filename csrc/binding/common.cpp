@@ -92,6 +92,11 @@ qg_simd level_from_environment() {
     throw std::invalid_argument("Q_GALORE_SIMD must be scalar, avx2 or avx512, got " + name);
 }
 
+bool on(const Device &device, const Tensor &tensor) {
+    const Device own = tensor.device();
+    return own.type() == device.type() && (device.is_cpu() || own.index() == device.index());
+}
+
 struct Choice {
     const qg_backend *kernels;
     int64_t level;
@@ -109,6 +114,10 @@ Choice choose(int64_t level) {
 // The process's choice of kernels. One word, so that a change in one thread is seen whole by the others.
 std::atomic<int64_t> chosen_level{-1};
 
+// What set_cpu_tables was given.
+std::atomic<const qg_backend *> other_backend{nullptr};
+std::atomic<const qg_linalg *> other_linalg{nullptr};
+
 } // namespace
 
 void refuse(const Argument &argument, const std::string &expected, const std::string &got) {
@@ -122,21 +131,25 @@ void refuse(const Argument &argument, const std::string &expected, const std::st
 }
 
 std::string describe(const Tensor &tensor) {
-    std::string text = std::string(dtype_name(tensor.scalar_type())) + " " + shape(sizes_of(tensor));
-    if (!tensor.is_cpu()) {
-        text += " on another device";
-    } else if (!tensor.is_contiguous()) {
-        text += ", not contiguous";
+    const std::string text = std::string(dtype_name(tensor.scalar_type())) + " " + shape(sizes_of(tensor));
+    return tensor.is_contiguous() ? text : text + ", not contiguous";
+}
+
+std::string device_name(const Device &device) {
+    if (device.is_cpu()) {
+        return "cpu";
     }
-    return text;
+    return (device.is_cuda() ? "cuda:" : "another device ") + std::to_string(device.index());
 }
 
 void check_tensor(
     const Argument &argument,
     const Tensor &tensor,
+    const Device &device,
     std::initializer_list<ScalarType> dtypes,
     const std::vector<int64_t> &sizes) {
-    bool good = tensor.is_cpu() && tensor.is_contiguous() && fits(sizes_of(tensor), sizes);
+    const bool here = on(device, tensor);
+    bool good = here && tensor.is_contiguous() && fits(sizes_of(tensor), sizes);
     bool known = false;
     std::string names;
     for (ScalarType dtype : dtypes) {
@@ -145,7 +158,8 @@ void check_tensor(
     }
     if (!good || !known) {
         std::string where = sizes.size() == 1 && sizes[0] == -1 ? "" : " " + shape(sizes);
-        refuse(argument, "contiguous " + names + where + " on cpu", describe(tensor));
+        const std::string elsewhere = here ? "" : " on " + device_name(tensor.device());
+        refuse(argument, "contiguous " + names + where + " on " + device_name(device), describe(tensor) + elsewhere);
     }
 }
 
@@ -214,6 +228,7 @@ qg_projector projector_of(
     const char *op,
     const ProjectorNames &names,
     int64_t index,
+    const Device &device,
     const Tensor &codes,
     const Tensor &scales,
     const Tensor &zeros,
@@ -221,10 +236,10 @@ qg_projector projector_of(
     int64_t block,
     int64_t dim) {
     const ProjectorLayout rows = projector_layout(format, block, -1, dim); // any number of them
-    check_tensor({op, names.codes, index}, codes, {rows.dtype}, rows.codes);
+    check_tensor({op, names.codes, index}, codes, device, {rows.dtype}, rows.codes);
     const ProjectorLayout layout = projector_layout(format, block, codes.size(0), dim);
-    check_tensor({op, names.scales, index}, scales, {ScalarType::BFloat16}, layout.scales);
-    check_tensor({op, names.zeros, index}, zeros, {ScalarType::Byte}, layout.zeros);
+    check_tensor({op, names.scales, index}, scales, device, {ScalarType::BFloat16}, layout.scales);
+    check_tensor({op, names.zeros, index}, zeros, device, {ScalarType::Byte}, layout.zeros);
     return {codes.data_ptr(), static_cast<uint16_t *>(scales.data_ptr()), static_cast<uint8_t *>(zeros.data_ptr()),
         codes.size(0), dim, static_cast<int32_t>(block), format};
 }
@@ -240,6 +255,10 @@ void check_status(const char *op, qg_status status) {
     throw std::runtime_error(message);
 }
 
+Tensor empty(const std::vector<int64_t> &sizes, ScalarType dtype, const Device &device) {
+    return torch::stable::empty({sizes.data(), sizes.size()}, dtype, std::nullopt, device);
+}
+
 int64_t simd_level() {
     int64_t level = chosen_level.load();
     if (level < 0) {
@@ -249,16 +268,42 @@ int64_t simd_level() {
     return level;
 }
 
-const qg_backend *backend() {
-    return choose(simd_level()).kernels;
-}
-
 int64_t best_simd_level() {
     return qg_cpu_best_simd();
 }
 
 void set_simd_level(int64_t level) {
     chosen_level.store(choose(level).level);
+}
+
+void set_cpu_tables(int64_t backend, int64_t linalg) {
+    if ((backend == 0) != (linalg == 0)) {
+        refuse(
+            {"set_cpu_tables", "backend, linalg"}, "two addresses or 0, 0",
+            std::to_string(backend) + ", " + std::to_string(linalg));
+    }
+    other_backend.store(reinterpret_cast<const qg_backend *>(backend));
+    other_linalg.store(reinterpret_cast<const qg_linalg *>(linalg));
+}
+
+Kernels::Kernels(const char *op, const Device &device) : device_(device) {
+    if (!device.is_cpu()) {
+        open_gpu(op);
+        return;
+    }
+    const qg_backend *other = other_backend.load();
+    backend_ = other == nullptr ? choose(simd_level()).kernels : other;
+    linalg_ = other == nullptr ? torch_linalg() : other_linalg.load();
+}
+
+Kernels::~Kernels() {
+    if (gpu_ != nullptr) {
+        close_gpu();
+    }
+}
+
+Tensor Kernels::scratch(size_t bytes) const {
+    return empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, device_);
 }
 
 } // namespace qg

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -17,6 +19,7 @@
 namespace qg {
 
 using torch::headeronly::ScalarType;
+using torch::stable::Device;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
@@ -32,10 +35,15 @@ struct Argument {
 
 std::string describe(const Tensor &tensor);
 
-// A contiguous CPU tensor of one of the dtypes and, unless sizes is {-1}, of these sizes; a size of -1 is free.
+// "cpu", "cuda:0".
+std::string device_name(const Device &device);
+
+// A contiguous tensor on the device of one of the dtypes and, unless sizes is {-1}, of these sizes; a size of -1 is
+// free.
 void check_tensor(
     const Argument &argument,
     const Tensor &tensor,
+    const Device &device,
     std::initializer_list<ScalarType> dtypes,
     const std::vector<int64_t> &sizes = {-1});
 
@@ -80,6 +88,7 @@ qg_projector projector_of(
     const char *op,
     const ProjectorNames &names,
     int64_t index,
+    const Device &device,
     const Tensor &codes,
     const Tensor &scales,
     const Tensor &zeros,
@@ -90,14 +99,52 @@ qg_projector projector_of(
 // Throws what a status means: ValueError for a bad argument, NotImplementedError-like RuntimeError otherwise.
 void check_status(const char *op, qg_status status);
 
-// The kernels in use: Q_GALORE_SIMD (scalar, avx2, avx512) or the best this machine has, until set_simd_level.
-const qg_backend *backend();
+Tensor empty(const std::vector<int64_t> &sizes, ScalarType dtype, const Device &device);
+
+// The CPU kernels in use: Q_GALORE_SIMD (scalar, avx2, avx512) or the best this machine has, until set_simd_level.
 int64_t simd_level();
 int64_t best_simd_level();
 void set_simd_level(int64_t level);
 
+// From now on CPU tensors are worked on with the tables (qg_backend, qg_linalg) at these addresses, which are the
+// caller's and stay; 0, 0: with the CPU's own. So the tests drive another device's tables through the ordinary ops.
+void set_cpu_tables(int64_t backend, int64_t linalg);
+
 // GEMMs by torch, factorisations by the CPU's own.
 const qg_linalg *torch_linalg();
+
+struct Gpu; // cuda.cpp
+
+// The tables of the device that an op's tensors are on, for the length of the op. On a GPU they work on torch's current
+// stream, and no other thread uses that GPU's tables until this object goes.
+class Kernels {
+  public:
+    Kernels(const char *op, const Device &device);
+    ~Kernels();
+    Kernels(const Kernels &) = delete;
+    Kernels &operator=(const Kernels &) = delete;
+
+    const qg_backend *backend() const { return backend_; }
+    const qg_linalg *linalg() const { return linalg_; }
+
+    // Memory of the device from torch's allocator. It is taken from the current stream, so that it may be given back
+    // before the work that uses it is done.
+    Tensor scratch(size_t bytes) const;
+
+  private:
+    void open_gpu(const char *op);
+    void close_gpu();
+
+    Device device_;
+    const qg_backend *backend_ = nullptr;
+    const qg_linalg *linalg_ = nullptr;
+    Gpu *gpu_ = nullptr;
+    std::unique_lock<std::mutex> lock_;
+    std::optional<Tensor> workspace_;
+};
+
+// The version of the CUDA library, which is opened for that; no GPU is needed.
+std::string cuda_version();
 
 extern const std::initializer_list<ScalarType> FLOATS;
 
@@ -120,7 +167,7 @@ Tensor projector_dequantize(
 std::tuple<Tensor, Tensor> dynamic8_quantize(const Tensor &x, bool is_signed, int64_t block);
 Tensor dynamic8_dequantize(const Tensor &codes, const Tensor &absmax, bool is_signed, int64_t block);
 Tensor absmax(const Tensors &tensors);
-Tensor noise(int64_t seed, int64_t id, int64_t step, int64_t start, int64_t count);
+Tensor noise(const Tensor &like, int64_t seed, int64_t id, int64_t step, int64_t start, int64_t count);
 void adam8_step(
     const Tensors &weights,
     const Tensors &scales,
@@ -134,6 +181,7 @@ void adam8_step(
     const std::vector<int64_t> &noise_steps,
     const std::vector<int64_t> &ids,
     const Tensor &stats,
+    const Tensor &absmax,
     double lr,
     double beta1,
     double beta2,
@@ -164,6 +212,7 @@ void galore_step(
     const std::vector<int64_t> &ids,
     const Tensor &stats,
     const Tensor &norms,
+    const Tensor &absmax,
     int64_t proj_format,
     int64_t proj_block,
     bool low_rank,
@@ -185,7 +234,7 @@ std::tuple<Tensor, Tensor> subspace_refresh(
     int64_t side,
     int64_t steps,
     int64_t compute_format);
-Tensor subspace_random(int64_t rank, int64_t dim, int64_t seed, int64_t id, int64_t draw);
+Tensor subspace_random(const Tensor &like, int64_t rank, int64_t dim, int64_t seed, int64_t id, int64_t draw);
 Tensor captured_energy(const Tensor &gradient, const Tensor &right, const Tensor &left, int64_t compute_format);
 
 } // namespace qg

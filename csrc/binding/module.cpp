@@ -12,7 +12,9 @@ STABLE_TORCH_LIBRARY(q_galore, library) {
     library.def("simd_level() -> int");
     library.def("best_simd_level() -> int");
     library.def("set_simd_level(int level) -> ()");
-    library.def("noise(int seed, int id, int step, int start, int count) -> Tensor");
+    library.def("set_cpu_tables(int backend, int linalg) -> ()");
+    library.def("cuda_version() -> str");
+    library.def("noise(Tensor like, int seed, int id, int step, int start, int count) -> Tensor");
     library.def("absmax(Tensor[] tensors) -> Tensor");
     library.def("int8_quantize(Tensor weight, int group_size) -> (Tensor, Tensor, Tensor)");
     library.def(
@@ -48,6 +50,7 @@ STABLE_TORCH_LIBRARY(q_galore, library) {
         "int[] noise_steps, "
         "int[] ids, "
         "Tensor(h!) stats, "
+        "Tensor absmax, "
         "float lr, "
         "float beta1, "
         "float beta2, "
@@ -79,6 +82,7 @@ STABLE_TORCH_LIBRARY(q_galore, library) {
         "int[] ids, "
         "Tensor(h!) stats, "
         "Tensor(i!) norms, "
+        "Tensor absmax, "
         "int proj_format, "
         "int proj_block, "
         "bool low_rank, "
@@ -101,7 +105,7 @@ STABLE_TORCH_LIBRARY(q_galore, library) {
         "int side, "
         "int steps, "
         "int compute_format) -> (Tensor, Tensor)");
-    library.def("subspace_random(int rank, int dim, int seed, int id, int draw) -> Tensor");
+    library.def("subspace_random(Tensor like, int rank, int dim, int seed, int id, int draw) -> Tensor");
     library.def("captured_energy(Tensor gradient, Tensor right, Tensor left, int compute_format) -> Tensor");
 }
 
@@ -109,11 +113,15 @@ STABLE_TORCH_LIBRARY_IMPL(q_galore, CompositeExplicitAutograd, library) {
     library.impl("simd_level", TORCH_BOX(&qg::simd_level));
     library.impl("best_simd_level", TORCH_BOX(&qg::best_simd_level));
     library.impl("set_simd_level", TORCH_BOX(&qg::set_simd_level));
-    library.impl("noise", TORCH_BOX(&qg::noise));
-    library.impl("subspace_random", TORCH_BOX(&qg::subspace_random));
+    library.impl("set_cpu_tables", TORCH_BOX(&qg::set_cpu_tables));
+    library.impl("cuda_version", TORCH_BOX(&qg::cuda_version));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(q_galore, CPU, library) {
+namespace {
+
+// Every device has the same ops: they choose their kernels by the device of their tensors.
+void implement(torch::stable::detail::StableLibrary &library) {
+    library.impl("noise", TORCH_BOX(&qg::noise));
     library.impl("absmax", TORCH_BOX(&qg::absmax));
     library.impl("int8_quantize", TORCH_BOX(&qg::int8_quantize));
     library.impl("int8_dequantize", TORCH_BOX(&qg::int8_dequantize));
@@ -124,7 +132,18 @@ STABLE_TORCH_LIBRARY_IMPL(q_galore, CPU, library) {
     library.impl("adam8_step_", TORCH_BOX(&qg::adam8_step));
     library.impl("galore_step_", TORCH_BOX(&qg::galore_step));
     library.impl("subspace_refresh", TORCH_BOX(&qg::subspace_refresh));
+    library.impl("subspace_random", TORCH_BOX(&qg::subspace_random));
     library.impl("captured_energy", TORCH_BOX(&qg::captured_energy));
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(q_galore, CPU, library) {
+    implement(library);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(q_galore, CUDA, library) {
+    implement(library);
 }
 
 // Importing the module registers the ops; it holds nothing but the version of the C core.

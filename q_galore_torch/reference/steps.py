@@ -149,6 +149,11 @@ def _round(x: Tensor, stochastic: bool, draws: Tensor) -> Tensor:
     return floor.int() + (draws < torch.round((x - floor) * 2.0**24)).int()
 
 
+def _flagged(absmax: Tensor | None, index: int) -> bool:
+    """Whether a gradient is too large for its square, or not finite."""
+    return absmax is not None and not absmax[index] <= 1e18
+
+
 def adam8_step_(
     weights: list[Tensor],
     scales: list[Tensor],
@@ -172,10 +177,11 @@ def adam8_step_(
     stochastic_round: bool = True,
     group_size: int = 256,
     block: int = 256,
+    absmax: Tensor | None = None,
 ) -> None:
     """AdamW on each weight; the moment blocks run along the flat weight. See :func:`q_galore_torch.ops.adam8_step_`."""
     for i, weight in enumerate(weights):
-        if weight.numel() == 0:
+        if weight.numel() == 0 or _flagged(absmax, i):
             continue
         normalised = _adam(
             grads[i].float().reshape(1, -1),
@@ -250,11 +256,12 @@ def galore_step_(
     right_zeros: Sequence[Tensor] = (),
     norm_growth_limit: float = 0.0,
     norms: Tensor | None = None,
+    absmax: Tensor | None = None,
 ) -> None:
     """Projected AdamW on each weight matrix. See :func:`q_galore_torch.ops.galore_step_`."""
     dtype = getattr(torch, compute_dtype)
     for i, weight in enumerate(weights):
-        if weight.numel() == 0 or exp_avg[i].numel() == 0:
+        if weight.numel() == 0 or exp_avg[i].numel() == 0 or _flagged(absmax, i):
             continue
         right, full = sides[i] == RIGHT, sides[i] == FULL
         dim = weight.shape[1] if right else weight.shape[0]

@@ -106,11 +106,13 @@ def subspace_refresh(
     return Refresh(y.t().contiguous(), False, taken, fallbacks, min(energy_old, 1.0), min(energy, 1.0))
 
 
-def subspace_random(rank: int, dim: int, seed: int, id: int, draw: int) -> Tensor:
+def subspace_random(
+    rank: int, dim: int, seed: int, id: int, draw: int, *, device: torch.device | str | None = "cpu"
+) -> Tensor:
     """Sums of four 24-bit uniform integers, less their mean, orthonormalised (here in float64)."""
     drawn = noise(seed, id, 2**63 + draw, 0, 4 * rank * dim).reshape(rank, dim, 4).sum(2, dtype=torch.int64)
     vectors, _ = orthonormalise((drawn - 2 * (2**24 - 1)).double().t() * 2.0**-24)
-    return vectors.t().float().contiguous()
+    return vectors.t().float().contiguous().to(device)
 
 
 def captured_energy(
