@@ -78,7 +78,7 @@ static void test_bounds(void) {
     EXPECT(fault_vector_read, 66, 32, 1, "reads 16 bytes at byte 256 of the allocation of 264 bytes");
     EXPECT(fault_misaligned, 8, 1, 1, "misaligned: reads 16 bytes at once");
 #ifndef __SANITIZE_ADDRESS__ /* the sanitizers end the program at these */
-    EXPECT(fault_null, 4, 1, 1, "writes to address (nil), which is not device memory");
+    EXPECT(fault_null, 4, 1, 1, "address (nil), which is not device memory");
     EXPECT(fault_shared_index, 32, 32, 1, "an index is outside of its array");
     EXPECT(fault_stack, 4, 1, 1, "the stack of the thread is full");
 #endif
@@ -160,6 +160,25 @@ static void test_guard_bytes(void) {
     free_case(&before);
     emulator_free(&before);
     CHECK(emulator_take_fault() != NULL, "memory that was not allocated is freed");
+}
+
+/* A pointer of the host, unless it is registered. */
+static void test_host_memory(void) {
+    static int own[8] __attribute__((aligned(16)));
+    fault_case c = make_case(8, 2, 1);
+    int *const out = c.out;
+    c.out = own;
+    CHECK(fault_vector_read(&c, stream) == cudaSuccess, "memory of the caller");
+    emulator_only_device(1);
+    CHECK(fault_vector_read(&c, stream) == cudaErrorLaunchFailure, "a pointer of the host");
+    const char *fault = emulator_take_fault();
+    CHECK(fault != NULL && strstr(fault, "which is not device memory") != NULL, "a pointer of the host: %s", fault);
+    emulator_register(own, sizeof own);
+    CHECK(fault_vector_read(&c, stream) == cudaSuccess, "a registered pointer");
+    emulator_unregister(own);
+    emulator_only_device(0);
+    c.out = out;
+    free_case(&c);
 }
 
 static void race(fault_launch *run, const char *name, fault_case c, const char *expected) {
@@ -406,6 +425,7 @@ int main(void) {
     test_bounds();
     test_shared_bounds();
     test_guard_bytes();
+    test_host_memory();
     test_races();
     test_shuffles();
     test_sums();

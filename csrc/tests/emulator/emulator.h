@@ -22,16 +22,19 @@ void emulator_check_races(int on);
 void emulator_catch_faults(int on);
 const char *emulator_take_fault(void);
 
-/* Device memory `offset` bytes behind a multiple of `alignment` (a power of two up to 4096), ending as near to an
+/* Device memory `offset` bytes behind a multiple of `alignment` (a power of two up to a page), ending as near to an
  * unreadable page as that allows; with emulator_place_at_start, beginning as near to one. Freed by cudaFree.
  * cudaMalloc aligns to 256. All bytes are 0xFF at first. NULL when there is no memory. */
 void *emulator_malloc(size_t size, size_t alignment, size_t offset);
 void emulator_place_at_start(int on);
 void emulator_free(void *memory);
 
-/* Memory of the caller that kernels write: it is compared too when races are looked for. */
+/* Memory of the caller that stands for device memory: it is compared too when races are looked for. */
 void emulator_register(void *memory, size_t size);
 void emulator_unregister(void *memory);
+
+/* An access that a kernel notes is a fault outside of device and registered memory: a pointer of the host. */
+void emulator_only_device(int on);
 
 /* A stream, for callers without the runtime's functions: cudaStreamCreateWithFlags, cudaStreamDestroy, and the captures. */
 cudaStream_t emulator_stream(void);

@@ -13,6 +13,12 @@
 #define EMULATOR_ASAN 0
 #endif
 
+#if defined __x86_64__
+enum { PAGE = 4096 };
+#else
+enum { PAGE = 65536 }; /* the largest in use */
+#endif
+
 /* ---------------------------------------------------------------- threads.cpp */
 
 /* Record a fault; inside a kernel the sentence begins with the kernel, block and thread. */
@@ -29,7 +35,8 @@ void emulator_reset_kernels(void);
 /* A sentence's end on an address: "4 bytes behind the end of the allocation of 20 bytes at 0x...". Returns `text`. */
 const char *emulator_describe(const void *address, char *text, size_t size);
 
-/* Whether all `size` bytes lie in one allocation; 1 too for memory that the emulator did not give out. */
+/* Whether all `size` bytes lie in one allocation. Memory that the emulator did not give out counts as one too, but with
+ * emulator_only_device when it is registered. */
 int emulator_inside(const void *address, size_t size);
 
 /* Whether the address is one of device memory, allocated or not. */

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
-enum { PAGE = 4096, GUARD_BYTE = 0xA5, POISON = 0xFF };
+enum { GUARD_BYTE = 0xA5, POISON = 0xFF };
 static const size_t ARENA = (size_t)1 << 38;
 
 /* Data in the middle of readable pages. Memory of the caller has no pages of its own. */
@@ -28,7 +28,7 @@ static list allocations; /* in the order of their addresses */
 static list registered;
 static unsigned char *arena;
 static size_t arena_used;
-static int at_start;
+static int at_start, only_device;
 
 static void list_add(list *l, allocation a) {
     if (l->count == l->room) {
@@ -98,11 +98,24 @@ int emulator_is_device(const void *address) {
     return arena != NULL && a >= arena && a < arena + ARENA;
 }
 
+void emulator_only_device(int on) {
+    only_device = on;
+}
+
+static int inside_registered(const unsigned char *first, size_t size) {
+    for (size_t i = 0; i < registered.count; i++) {
+        const allocation *a = &registered.items[i];
+        if (first >= a->data && first + size <= a->data + a->size)
+            return 1;
+    }
+    return 0;
+}
+
 int emulator_inside(const void *address, size_t size) {
     static size_t hint;
     const unsigned char *first = (const unsigned char *)address;
     if (!emulator_is_device(address))
-        return 1;
+        return !only_device || inside_registered(first, size);
     if (hint >= allocations.count || first < allocations.items[hint].data ||
         first >= allocations.items[hint].data + allocations.items[hint].size) {
         const size_t before = count_before(address);

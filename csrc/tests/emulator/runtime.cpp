@@ -302,7 +302,7 @@ static int is_pinned(const void *memory) {
 
 static cudaError_t check_range(const char *call, const void *memory, size_t size) {
     char text[256];
-    if (emulator_inside(memory, size))
+    if (!emulator_is_device(memory) || emulator_inside(memory, size))
         return cudaSuccess;
     emulator_fault("%s of %zu bytes at %s", call, size, emulator_describe(memory, text, sizeof text));
     return cudaErrorInvalidValue;

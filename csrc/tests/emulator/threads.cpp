@@ -16,7 +16,7 @@
 #include <ucontext.h>
 #endif
 
-enum { WARP = 32, MOST_THREADS = 1024, MOST_KERNELS = 256, PAGE = 4096, COLOURS = 24 };
+enum { WARP = 32, MOST_THREADS = 1024, MOST_KERNELS = 256, COLOURS = 12 };
 enum { STACK = (EMULATOR_ASAN ? 512 : 128) * 1024 };
 
 uint3 threadIdx, blockIdx;
@@ -230,12 +230,20 @@ const char *emulator_take_fault(void) {
     return taken;
 }
 
-static struct sigaction segv_before, bus_before, ill_before;
+/* Memory that is unreadable; and the trap of an index, which is one or the other by the machine. */
+static const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+enum { SIGNALS = sizeof signals / sizeof signals[0] };
+static struct sigaction actions_before[SIGNALS];
 
-/* Bad memory is unreadable, a bad index of an array traps: the fiber is left where it stands. */
+static void give_signals_back(void) {
+    for (int i = 0; i < SIGNALS; i++)
+        sigaction(signals[i], &actions_before[i], NULL);
+}
+
+/* The fiber is left where it stands. Outside of fibers the signal comes again, to whom it would have come. */
 static void on_signal(int number, siginfo_t *info, void *machine) {
     if (current == NULL) {
-        sigaction(number, number == SIGSEGV ? &segv_before : number == SIGBUS ? &bus_before : &ill_before, NULL);
+        give_signals_back();
         return;
     }
     const char *address = (const char *)info->si_addr, *verb = "touches";
@@ -247,7 +255,7 @@ static void on_signal(int number, siginfo_t *info, void *machine) {
 #endif
     char text[256];
     const char *bottom = current->runs_on->stack;
-    if (number == SIGILL)
+    if (number == SIGILL || number == SIGTRAP)
         emulator_fault("an index is outside of its array");
     else if (address < bottom && address >= bottom - PAGE)
         emulator_fault("the stack of the thread is full");
@@ -256,7 +264,7 @@ static void on_signal(int number, siginfo_t *info, void *machine) {
     leave();
 }
 
-/* Take the signals for one launch; returns what give_signals_back needs. */
+/* Take the signals for one launch, on a stack of their own. Returns the one before. */
 static stack_t take_signals(void) {
     static char *memory;
     const size_t size = 256 * 1024;
@@ -269,17 +277,9 @@ static stack_t take_signals(void) {
     struct sigaction action = {};
     action.sa_sigaction = on_signal;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    sigaction(SIGSEGV, &action, &segv_before);
-    sigaction(SIGBUS, &action, &bus_before);
-    sigaction(SIGILL, &action, &ill_before);
+    for (int i = 0; i < SIGNALS; i++)
+        sigaction(signals[i], &action, &actions_before[i]);
     return before;
-}
-
-static void give_signals_back(const stack_t *before) {
-    sigaction(SIGSEGV, &segv_before, NULL);
-    sigaction(SIGBUS, &bus_before, NULL);
-    sigaction(SIGILL, &ill_before, NULL);
-    sigaltstack(before, NULL);
 }
 
 /* ---------------------------------------------------------------- order */
@@ -654,7 +654,7 @@ cudaError_t emulator_execute(const emulator_launch *wanted) {
     largest(&counted->counts.threads, thread_count);
     largest(&counted->counts.blocks, (int64_t)gridDim.x * gridDim.y * gridDim.z);
     failed = 0;
-    const stack_t signals = take_signals();
+    const stack_t signal_stack = take_signals();
     if (races_are_checked) {
         const emulator_counts before = counted->counts;
         run_in_all_orders();
@@ -663,7 +663,8 @@ cudaError_t emulator_execute(const emulator_launch *wanted) {
     } else {
         run_grid();
     }
-    give_signals_back(&signals);
+    give_signals_back();
+    sigaltstack(&signal_stack, NULL);
     launch = NULL;
     return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
