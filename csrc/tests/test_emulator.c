@@ -323,8 +323,20 @@ static void test_copies(void) {
     CHECK(cudaMemcpyAsync(c.out, host, 16, cudaMemcpyHostToDevice, stream) == cudaSuccess, "to the device");
     CHECK(c.out[3] == 6, "copied");
     CHECK(cudaMemcpyAsync(host, c.in, 16, cudaMemcpyDeviceToHost, stream) == cudaSuccess, "to the host");
+    CHECK(host[0] == -1 && host[3] == -1 && host[4] == 5, "nobody has waited");
+    CHECK(cudaStreamSynchronize(stream) == cudaSuccess, "wait");
     CHECK(host[0] == 1 && host[3] == 4 && host[4] == 5, "copied back");
+    CHECK(cudaMemcpyAsync(host, c.in, 16, cudaMemcpyDeviceToHost, stream) == cudaSuccess, "to the host");
+    emulator_fail("cudaStreamSynchronize", 0, cudaErrorLaunchFailure);
+    CHECK(cudaStreamSynchronize(stream) == cudaErrorLaunchFailure, "wait in vain");
+    CHECK(cudaStreamSynchronize(stream) == cudaSuccess && host[0] == -1, "never copied back");
     CHECK(cudaMemsetAsync(c.out, 1, 16, stream) == cudaSuccess && c.out[3] == 0x01010101, "filled");
+    cudaEvent_t event;
+    CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming) == cudaSuccess, "an event");
+    CHECK(cudaMemcpyAsync(host, c.in, 16, cudaMemcpyDeviceToHost, stream) == cudaSuccess, "to the host");
+    CHECK(cudaEventRecord(event, stream) == cudaSuccess && host[0] == -1, "record");
+    CHECK(cudaEventSynchronize(event) == cudaSuccess && host[0] == 1, "wait for the event");
+    CHECK(cudaEventDestroy(event) == cudaSuccess, "destroy");
     expect_fault(
         cudaMemcpyAsync(c.out, host, 20, cudaMemcpyHostToDevice, stream), cudaErrorInvalidValue, "cudaMemcpyAsync to");
     expect_fault(

@@ -1,4 +1,5 @@
-/* runtime.cpp - the calls of the CUDA runtime. Work is done at once, except while a stream is captured.
+/* runtime.cpp - the calls of the CUDA runtime. Work is done at once, except while a stream is captured; a copy to the
+ * host arrives when the host waits for its stream.
  *
  * A call that would be wrong in a step is a fault: the default stream, and during a capture everything that waits,
  * allocates, or copies from memory that is not pinned.
@@ -8,7 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-enum { DEVICES = 2, PROCESSORS = 4, MOST_STREAMS = 256, MOST_PINNED = 256 };
+enum { DEVICES = 2, PROCESSORS = 4, MOST_STREAMS = 256, MOST_PINNED = 256, MOST_LATE = 64 };
 
 /* One captured launch, copy or fill. */
 typedef struct operation {
@@ -19,6 +20,7 @@ typedef struct operation {
     const void *source;
     int value;
     size_t size;
+    cudaStream_t to_host; /* the stream of a copy to the host, which comes when that stream is waited for */
 } operation;
 
 typedef struct CUgraph_st {
@@ -39,11 +41,17 @@ typedef struct CUstream_st {
 } CUstream_st;
 
 typedef struct CUevent_st {
-    int unused;
+    cudaStream_t stream; /* where it was recorded last */
 } CUevent_st;
 
 static CUstream_st streams[MOST_STREAMS]; /* not reused, so that a destroyed one is known */
 static int stream_count;
+static struct late_copy {
+    cudaStream_t stream; /* NULL: free */
+    void *target;
+    void *bytes;
+    size_t size;
+} late_copies[MOST_LATE];
 static int device_now;
 static cudaError_t last_error;
 static int64_t wait_count;
@@ -308,12 +316,44 @@ static cudaError_t check_range(const char *call, const void *memory, size_t size
     return cudaErrorInvalidValue;
 }
 
-/* Do it now, or keep it for the graph of a captured stream. */
+/* What the host would read before it has waited is 0xFF. */
+static cudaError_t copy_late(const operation *o) {
+    for (int i = 0; i < MOST_LATE; i++) {
+        struct late_copy *l = &late_copies[i];
+        if (l->stream != NULL)
+            continue;
+        l->stream = o->to_host;
+        l->target = o->target;
+        l->size = o->size;
+        l->bytes = malloc(o->size + 1);
+        memcpy(l->bytes, o->source, o->size);
+        memset(o->target, 0xFF, o->size);
+        return cudaSuccess;
+    }
+    return refuse("cudaMemcpyAsync", "to the host is called many times before anybody waits");
+}
+
+/* The copies of this stream reach the host, or, after an error, never do: their memory may be gone. */
+static void end_late_copies(cudaStream_t stream, int reach) {
+    for (int i = 0; i < MOST_LATE; i++) {
+        struct late_copy *l = &late_copies[i];
+        if (stream == NULL || l->stream != stream)
+            continue;
+        if (reach)
+            memcpy(l->target, l->bytes, l->size);
+        free(l->bytes);
+        l->stream = NULL;
+    }
+}
+
+/* Do it now. */
 static cudaError_t perform(const operation *o) {
     switch (o->kind) {
     case operation::LAUNCH:
         return result(emulator_execute(&o->launch));
     case operation::COPY:
+        if (o->to_host != NULL && o->size > 0)
+            return result(copy_late(o));
         memcpy(o->target, o->source, o->size);
         return cudaSuccess;
     case operation::FILL:
@@ -323,6 +363,7 @@ static cudaError_t perform(const operation *o) {
     return cudaErrorUnknown;
 }
 
+/* Do it now, or keep it for the graph of a captured stream. */
 static cudaError_t submit(operation *o, cudaStream_t stream) {
     if (!stream->capturing)
         return perform(o);
@@ -369,6 +410,7 @@ cudaError_t cudaMemcpyAsync(
     o.target = target;
     o.source = source;
     o.size = size;
+    o.to_host = kind == cudaMemcpyDeviceToHost ? stream : NULL;
     return submit(&o, stream);
 }
 
@@ -404,6 +446,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     ENTER("cudaStreamDestroy");
     TRY(check_stream("cudaStreamDestroy", stream));
     TRY(check_no_capture("cudaStreamDestroy"));
+    end_late_copies(stream, 0);
     stream->live = 0;
     return cudaSuccess;
 }
@@ -419,9 +462,15 @@ void emulator_stream_free(cudaStream_t stream) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-    ENTER("cudaStreamSynchronize");
+    const cudaError_t error = enter("cudaStreamSynchronize");
+    if (error != cudaSuccess) {
+        end_late_copies(stream, 0);
+        return error;
+    }
     TRY(check_stream("cudaStreamSynchronize", stream));
-    return wait_for_work("cudaStreamSynchronize");
+    TRY(wait_for_work("cudaStreamSynchronize"));
+    end_late_copies(stream, 1);
+    return cudaSuccess;
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
@@ -480,6 +529,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
     for (size_t i = 0; i < executable->operations.count; i++) {
         operation *o = &executable->operations.operations[i];
         o->launch.argument = o->argument;
+        o->to_host = o->to_host != NULL ? stream : NULL;
         TRY(perform(o));
     }
     return cudaSuccess;
@@ -515,14 +565,18 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
     return cudaSuccess;
 }
 
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) {
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     ENTER("cudaEventRecord");
-    return result(check_stream("cudaEventRecord", stream));
+    TRY(check_stream("cudaEventRecord", stream));
+    event->stream = stream;
+    return cudaSuccess;
 }
 
-cudaError_t cudaEventSynchronize(cudaEvent_t) {
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     ENTER("cudaEventSynchronize");
-    return wait_for_work("cudaEventSynchronize");
+    TRY(wait_for_work("cudaEventSynchronize"));
+    end_late_copies(event->stream, 1);
+    return cudaSuccess;
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t) {
