@@ -56,6 +56,7 @@ static void expect(fault_launch *run, const char *name, fault_case c, const char
 static void test_meeting_places(void) {
     EXPECT(fault_barrier_in_branch, 64, 64, 1, "waits at the barrier of emulator/faults.cu");
     EXPECT(fault_barrier_after_end, 64, 64, 1, "but thread (3, 0, 0) has ended");
+    EXPECT(fault_barrier_rounds, 64, 64, 1, "but thread (3, 0, 0) has ended");
     EXPECT(fault_shuffle_after_end, 64, 32, 2, "the mask 0xffffffff");
     EXPECT(fault_shuffle_in_branch, 64, 64, 1, "waits at the barrier of");
     EXPECT(fault_shuffle_mask, 64, 32, 2, "is not in its own mask 0x0000ffff");

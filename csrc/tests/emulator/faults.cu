@@ -27,6 +27,13 @@ static __global__ void fault_barrier_after_end_kernel(fault_case c) {
     c.out[threadIdx.x] = 1;
 }
 
+static __global__ void fault_barrier_rounds_kernel(fault_case c) {
+    const int rounds = c.wrong && threadIdx.x == 3 ? 2 : 3;
+    for (int round = 0; round < rounds; round++)
+        __syncthreads();
+    c.out[threadIdx.x] = rounds;
+}
+
 static __global__ void fault_shuffle_after_end_kernel(fault_case c) {
     if (c.wrong && threadIdx.x >= 30)
         return;
@@ -56,6 +63,7 @@ static __global__ void fault_shuffle_two_masks_kernel(fault_case c) {
 
 ENTRY(fault_barrier_in_branch)
 ENTRY(fault_barrier_after_end)
+ENTRY(fault_barrier_rounds)
 ENTRY(fault_shuffle_after_end)
 ENTRY(fault_shuffle_in_branch)
 ENTRY(fault_shuffle_mask)

@@ -23,6 +23,7 @@ typedef cudaError_t fault_launch(const fault_case *c, cudaStream_t stream);
 
 fault_launch fault_barrier_in_branch; /* threads of one block wait at two barriers */
 fault_launch fault_barrier_after_end; /* some threads have ended */
+fault_launch fault_barrier_rounds;    /* one thread waits at the same barrier once less than the others */
 fault_launch fault_shuffle_after_end; /* the mask names lanes that have ended */
 fault_launch fault_shuffle_in_branch; /* half a warp shuffles with the mask of the whole */
 fault_launch fault_shuffle_mask;      /* the caller is not in its mask */
