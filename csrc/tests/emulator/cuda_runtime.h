@@ -1,7 +1,7 @@
 /* cuda_runtime.h - stands in front of CUDA's own, so that g++ compiles the .cu files as they are and the CPU runs them.
  *
- * It holds what csrc/cuda uses and no more: a call that is missing here is a compile error. emulator.cpp runs the
- * threads, emulator.h steers it, docs/emulator.md says what it finds. Names and numbers are those of the CUDA runtime API.
+ * A call that is missing here is a compile error. threads.cpp runs the threads, emulator.h steers it, docs/emulator.md
+ * says what it finds. Names and numbers are those of the CUDA runtime API.
  */
 #ifndef QG_TESTS_EMULATOR_CUDA_RUNTIME_H
 #define QG_TESTS_EMULATOR_CUDA_RUNTIME_H
@@ -33,17 +33,11 @@
         name four = {x, y, z, w};                                                            \
         return four;                                                                         \
     }
-EMULATOR_PAIR(unsigned char, uchar2, 1)
-EMULATOR_PAIR(unsigned short, ushort2, 2)
 EMULATOR_PAIR(int, int2, 4)
 EMULATOR_PAIR(unsigned, uint2, 4)
 EMULATOR_PAIR(float, float2, 4)
 EMULATOR_PAIR(double, double2, 8)
-EMULATOR_PAIR(long long, longlong2, 8)
-EMULATOR_PAIR(unsigned long long, ulonglong2, 8)
-EMULATOR_FOUR(signed char, char4, 4)
 EMULATOR_FOUR(unsigned char, uchar4, 4)
-EMULATOR_FOUR(unsigned short, ushort4, 8)
 EMULATOR_FOUR(int, int4, 16)
 EMULATOR_FOUR(unsigned, uint4, 16)
 EMULATOR_FOUR(float, float4, 16)
@@ -270,7 +264,7 @@ EMULATOR_SHUFFLE(float)
 EMULATOR_SHUFFLE(double)
 #undef EMULATOR_SHUFFLE
 
-/* Integers only, as style of this project: float sums in any order would not be reproducible. */
+/* Integers only: float sums in any order would not be reproducible. */
 #define EMULATOR_ATOMIC(type, name, expression)          \
     static inline type name(type *address, type value) { \
         const type old = *address;                       \
