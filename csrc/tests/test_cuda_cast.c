@@ -145,6 +145,34 @@ static void test_scaled_cast(void) {
     }
 }
 
+/* Many arrays are one launch, which reads and writes each element once. */
+static void test_traffic(void) {
+    enum { COUNT = 3000, CASTS = 64, ARRAYS = 96 };
+    float *source = gpu_memory(COUNT * 4, 0);
+    uint16_t *target = gpu_memory(CASTS * COUNT * 2, 0);
+    qg_cast_item items[CASTS];
+    qg_array arrays[ARRAYS];
+    memset(source, 0, COUNT * 4);
+    for (int i = 0; i < CASTS; i++)
+        items[i] = (qg_cast_item){target + i * COUNT, source, QG_FLOAT32, 30, COUNT / 30, COUNT / 30};
+    for (int i = 0; i < ARRAYS; i++)
+        arrays[i] = (qg_array){source, COUNT, QG_FLOAT32};
+    emulator_check_races(0);
+    emulator_reset_counts();
+    gpu->cast(items, CASTS, QG_BFLOAT16, gpu->queue);
+    emulator_counts counts = emulator_count(NULL);
+    CHECK(counts.launches == 1, "%lld launches", (long long)counts.launches);
+    CHECK(counts.loaded == CASTS * COUNT * 4, "%lld bytes read", (long long)counts.loaded);
+    CHECK(counts.stored == CASTS * COUNT * 2, "%lld bytes written", (long long)counts.stored);
+    emulator_reset_counts();
+    gpu->absmax(gpu_memory(ARRAYS * 4, 0), arrays, ARRAYS, gpu->queue);
+    counts = emulator_count(NULL);
+    CHECK(counts.launches == 1, "absmax: %lld launches", (long long)counts.launches);
+    CHECK(counts.loaded == ARRAYS * COUNT * 4, "absmax: %lld bytes read", (long long)counts.loaded);
+    emulator_check_races(1);
+    gpu_release();
+}
+
 /* After a failure a number that the host reads is no good one. */
 static void test_finite_after_failure(void) {
     const float one = 1.0f;
@@ -167,6 +195,7 @@ int main(void) {
     test_cast();
     test_cast_copies();
     test_scaled_cast();
+    test_traffic();
     test_finite_after_failure();
     return gpu_close();
 }

@@ -220,6 +220,34 @@ static void test_windows(void) {
     }
 }
 
+/* 40 aligned windows are one launch, which reads each code once and writes each value once. */
+static void test_traffic(void) {
+    enum { ITEMS = 40, RANK = 3, DIM = 2048 };
+    qg_decode_item items[ITEMS];
+    emulator_check_races(0);
+    for (int f = 0; f < FORMATS; f++) {
+        const qg_projector projector = on_cpu(RANK, DIM, 256, formats[f]);
+        fill(&projector);
+        const qg_projector device = on_gpu(&projector, 0, 1);
+        for (int i = 0; i < ITEMS; i++)
+            items[i] = (qg_decode_item){&device, 0, RANK, 0, DIM, gpu_memory(RANK * DIM * 2, 0)};
+        emulator_reset_counts();
+        gpu->projector_dequantize(items, ITEMS, QG_BFLOAT16, gpu->queue);
+        const emulator_counts counts = emulator_count(NULL);
+        const int64_t codes = ITEMS * (int64_t)sizes_of(RANK, DIM, 256, formats[f]).codes;
+        CHECK(counts.launches == 1, "format %d: %lld launches", (int)formats[f], (long long)counts.launches);
+        CHECK(
+            counts.loaded == codes, "format %d: %lld of %lld bytes read", (int)formats[f], (long long)counts.loaded,
+            (long long)codes);
+        CHECK(
+            counts.stored == ITEMS * RANK * DIM * 2, "format %d: %lld bytes written", (int)formats[f],
+            (long long)counts.stored);
+        gpu_release();
+        RELEASE("traffic");
+    }
+    emulator_check_races(1);
+}
+
 int main(void) {
     random_seed(34);
     cpu = level(QG_SIMD_SCALAR);
@@ -228,5 +256,6 @@ int main(void) {
     test_quantize_large();
     test_dequantize();
     test_windows();
+    test_traffic();
     return gpu_close();
 }
