@@ -176,7 +176,7 @@ void qg_cuda_normalise(
 
 /* ---------------------------------------------------------------- the Gram matrix */
 
-enum { GRAM_THREADS = 512, WARP = 32 };
+enum { GRAM_THREADS = 1024, WARP = 32 };
 
 struct gram_argument {
     double *distance;
