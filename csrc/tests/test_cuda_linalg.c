@@ -312,8 +312,8 @@ static void test_svd(int64_t rows, int64_t cols, int64_t rank) {
         (long long)rank, worst, of_left, of_right);
     for (int64_t i = 0; i < k; i++)
         CHECK(values[i] >= 0.0f && (i == 0 || values[i] <= values[i - 1]), "value %lld", (long long)i);
-    CHECK(
-        rank == k || values[rank] < 1e-4f * (1.0f + values[0]), "rank %lld: %g", (long long)rank, (double)values[rank]);
+    if (rank < k)
+        CHECK(values[rank] < 1e-4f * (1.0f + values[0]), "rank %lld: %g", (long long)rank, (double)values[rank]);
     free(before);
     emulator_free(scratch);
     device_release();
