@@ -79,6 +79,9 @@ int qg_cuda_good(qg_cuda *cuda, cudaError_t error, const char *what) {
 
 int qg_cuda_may_wait(qg_cuda *cuda, const char *what) {
     enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    if (cuda->stream == NULL) { /* the default stream is never captured */
+        return cuda->status == QG_SUCCESS;
+    }
     if (!qg_cuda_good(cuda, cudaStreamIsCapturing(cuda->stream, &capture), "cudaStreamIsCapturing")) {
         return 0;
     }

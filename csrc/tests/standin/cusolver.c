@@ -440,7 +440,8 @@ unsigned cusolverDnSgesvd(
             vt[j + (int64_t)i * ldvt] = (float)v[i + j * n];
         }
     }
-    *info = 0;
+    *info = reports[NUMBER_cusolverDnSgesvd];
+    reports[NUMBER_cusolverDnSgesvd] = 0;
     free(w);
     free(v);
     return 0;

@@ -26,6 +26,7 @@ static const char *const names[] = {STANDIN_FUNCTIONS(STANDIN_NAME)};
 
 static int64_t calls[FUNCTIONS];
 static unsigned failure[FUNCTIONS]; /* of the next call */
+static int reports[FUNCTIONS];      /* the info of the next call */
 static int handles;                 /* made and not destroyed */
 
 static unsigned enter(int number) {
@@ -62,6 +63,7 @@ static int number_of(const char *name) {
 
 STANDIN_EXPORT int64_t standin_calls(const char *name);
 STANDIN_EXPORT void standin_fail(const char *name, unsigned status);
+STANDIN_EXPORT void standin_report(const char *name, int number);
 STANDIN_EXPORT int standin_handles(void);
 
 int64_t standin_calls(const char *name) {
@@ -70,6 +72,10 @@ int64_t standin_calls(const char *name) {
 
 void standin_fail(const char *name, unsigned status) {
     failure[number_of(name)] = status;
+}
+
+void standin_report(const char *name, int number) {
+    reports[number_of(name)] = number;
 }
 
 int standin_handles(void) {
