@@ -70,8 +70,8 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 # ---------------------------------------------------------------- bases
 
 
-def random_basis(rank: int, dim: int, seed: int, id: int, draw: int = 0) -> Basis:
-    """A seeded random orthonormal basis, on the CPU.
+def random_basis(rank: int, dim: int, seed: int, id: int, draw: int = 0, device: torch.device | str = "cpu") -> Basis:
+    """A seeded random orthonormal basis.
 
     Args:
         rank: number of vectors.
@@ -79,11 +79,12 @@ def random_basis(rank: int, dim: int, seed: int, id: int, draw: int = 0) -> Basi
         seed: the optimizer's seed.
         id: the parameter's id.
         draw: which of this parameter's bases, default 0.
+        device: where it is made, default the CPU.
 
     Raises:
         ValueError: an argument is out of range.
     """
-    return Basis(ops.subspace_random(rank, dim, seed, id, draw))
+    return Basis(ops.subspace_random(rank, dim, seed, id, draw, device=device))
 
 
 def refresh_basis(
@@ -156,7 +157,8 @@ def cold_basis(
         The basis, or None where there is none: the gradient is zero or not finite, or LAPACK did not converge.
     """
     if min(gradient.shape) > EXACT_SVD_LIMIT:
-        start = random_basis(rank, gradient.shape[1 if side == RIGHT else 0], seed, id)
+        dim = gradient.shape[1 if side == RIGHT else 0]
+        start = random_basis(rank, dim, seed, id, device=gradient.device)
         found = refresh_basis(gradient, side, start.vectors, COLD_STEPS, compute_dtype)
     else:
         found = svd_basis(gradient, side, rank)

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
+import emulated
+
 # Sums of a GEMM depend on the thread count: the same everywhere, so that a failure is one everywhere.
 THREADS = min(2, os.cpu_count() or 1)
 
@@ -20,12 +22,16 @@ settings.register_profile(
 )
 settings.load_profile("project")
 
+EMULATED = emulated.Emulated() if emulated.wanted() else None
+
 
 def pytest_report_header() -> list[str]:
     """Which extension is tested, and with which kernels."""
     from q_galore_torch import _C, ops
 
     level = f"SIMD {ops.simd_level()} of {', '.join(ops.simd_levels())}"
+    if EMULATED is not None:
+        level = "CUDA kernels under emulation"
     return [f"q_galore_torch: {_C.__file__}", f"{level}; torch {torch.__version__}, {THREADS} threads"]
 
 

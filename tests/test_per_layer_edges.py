@@ -302,7 +302,7 @@ def test_the_last_norm_is_that_of_the_last_update_with_gradients() -> None:
     optimizer.step()
     (losses_of(model, 0)[0] * math.nan).backward()
     optimizer.step()
-    assert handle.grad_norm == norm and {group["last_grad_norm"] for group in optimizer.param_groups} == {norm}
+    assert handle.grad_norm == norm and {float(g["last_grad_norm"]) for g in optimizer.param_groups} == {norm}
     handle.remove()
     assert {group["last_grad_norm"] for group in optimizer.param_groups} == {0.0}
 

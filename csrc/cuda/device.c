@@ -104,6 +104,10 @@ static qg_status take_failure(const char **sentence, void *queue) {
     return qg_cuda_take(cuda);
 }
 
+QG_EXPORT const char *qg_cuda_version(void) {
+    return QG_VERSION;
+}
+
 QG_EXPORT const char *qg_cuda_error(const qg_cuda *cuda) {
     return cuda->message;
 }

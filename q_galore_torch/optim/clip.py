@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from q_galore_torch.optim.finite import LARGEST_GRADIENT
+
 
 def clip_grad_norm_(optimizer: Optimizer, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
     """Scale all gradients of an optimizer so that their joint 2-norm is at most ``max_norm``.
@@ -54,6 +56,15 @@ def total_norm(gradients: list[Tensor], error_if_nonfinite: bool = False) -> Ten
     """As ``torch.nn.utils.get_total_norm``, but of float16 gradients in float32: their norm often is over 65504."""
     wide = [torch.linalg.vector_norm(g, dtype=torch.float32) if g.dtype == torch.float16 else g for g in gradients]
     return torch.nn.utils.get_total_norm(wide, error_if_nonfinite=error_if_nonfinite)
+
+
+def usable_norm(gradients: list[Tensor], flags: list[Tensor]) -> Tensor:
+    """The norm of the gradients that are used, those whose flags (float32 [1]) are no larger than they may be."""
+    norms = torch._foreach_norm([g.float() if g.dtype == torch.float16 else g for g in gradients])
+    device = norms[0].device
+    joint = torch.stack([norm.to(device, torch.float32) for norm in norms])
+    usable = torch.cat([flag.to(device) for flag in flags]) <= LARGEST_GRADIENT
+    return torch.linalg.vector_norm(torch.where(usable, joint, 0.0))
 
 
 def scale(gradients: list[Tensor], norm: Tensor, largest: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from q_galore_torch.integrations.distributed import check_replicas, reduce_stash
 from q_galore_torch.nn.binding import Binding
 from q_galore_torch.nn.leaf import ZeroLeaf, bind, check_untouched, layer_of
 from q_galore_torch.optim import options, schedule
+from q_galore_torch.optim.finite import Unread, asynchronous, keep_finite
 from q_galore_torch.optim.state import (
     UNMEASURED,
     checked_groups,
@@ -28,7 +30,7 @@ from q_galore_torch.optim.state import (
     refuse_parameter,
     target_of,
 )
-from q_galore_torch.optim.update import Work, checked_gradient, is_low_rank, keep_finite, update
+from q_galore_torch.optim.update import Work, checked_gradient, is_low_rank, update
 from q_galore_torch.subspace import first_refresh_steps, matrix_shape
 
 if TYPE_CHECKING:
@@ -70,7 +72,8 @@ class QGaLoreAdamW8bit(Optimizer):
         moments_dtype: ``"dynamic8"`` (default) or ``"float32"``.
         seed: of the rounding noise and the random bases, default 0.
         stochastic_round: of INT8 and bfloat16 weights, default True; else to nearest.
-        nonfinite: ``"raise"`` (default) or ``"skip"``: what happens on a gradient that is not finite.
+        nonfinite: ``"raise"`` (default) or ``"skip"``: what happens on a gradient that is not finite. On a GPU that is
+            told later, by the first ``step()`` that knows of it, by ``check()`` or ``state_dict()``.
         compute_dtype: ``"float32"`` (default) or ``"bfloat16"``, of the products of step and refresh.
 
     Raises:
@@ -116,6 +119,7 @@ class QGaLoreAdamW8bit(Optimizer):
         self._ready = False
         self._seconds: defaultdict[int, float] = defaultdict(float)
         self._per_layer: PerLayer | None = None
+        self._unread = Unread()
         super().__init__(params, {key: checked[key] for key in (*options.COMMON, *options.KEPT)})
         self._ready = True
         self._plan_first_refreshes([p for group in self.param_groups for p in group["params"]])
@@ -235,13 +239,16 @@ class QGaLoreAdamW8bit(Optimizer):
         Raises:
             ValueError: a group's ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``, ``update_proj_gap`` or
                 ``max_proj_gap`` has become invalid.
-            NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then.
+            NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then. On a GPU an earlier step may
+                be meant, which left that parameter alone and updated the others.
             RuntimeError: something else wrote to the layers' zero leaves, with per-layer updates a backward pass of
-                this update failed, or the optimizers of several processes do not hold the same ids, shapes and options.
+                this update failed, the optimizers of several processes do not hold the same ids, shapes and options,
+                or a CUDA graph is being captured.
 
         With :func:`q_galore_torch.enable_per_layer` the backward passes have updated most parameters by then: this
         updates the others and closes the update.
         """
+        self._unread.read()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -255,10 +262,16 @@ class QGaLoreAdamW8bit(Optimizer):
             self._prepare()
             self._apply(self._collect())
         self._mark_due()
+        self._unread.send()
         return loss
 
     def _prepare(self) -> None:
         """Before anything is updated: take over new leaves, check what users and other code may have changed."""
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a step of QGaLoreAdamW8bit cannot be captured in a CUDA graph, which would replay its step counts, "
+                "rates and rounding noise: capture forward and backward, and call step() after the replay"
+            )
         options.check_settings(self.param_groups)
         self._adopt()
         check_untouched([p for p, _, _ in self._parameters() if isinstance(p, ZeroLeaf)])
@@ -291,7 +304,10 @@ class QGaLoreAdamW8bit(Optimizer):
             clip: called with those whose gradients are finite.
             refused: what the error of a gradient that is not finite says of the others.
         """
-        work, sizes = keep_finite(work, refused)
+        if any(self._looks_at(item) or not asynchronous(item.gradient.device) for item in work):
+            work, sizes = keep_finite(work, refused)
+        else:
+            work, sizes = self._unread.flagged(work), [math.nan] * len(work)
         if clip is not None:
             clip(work)
         for item, size in zip(work, sizes, strict=True):
@@ -305,6 +321,10 @@ class QGaLoreAdamW8bit(Optimizer):
         reduce_stashes([item.parameter for item, _ in after if item.parameter.binding.due])
         for item, due in after:
             self._refresh_after(item, due)
+
+    def _looks_at(self, item: Work) -> bool:
+        """Whether this step reads numbers of the gradient on the host: for a new basis, or to compare two."""
+        return item.shapes is not None and (self._is_due(item) or schedule.is_pending(item.state))
 
     def _is_due(self, item: Work) -> bool:
         assert item.shapes is not None
@@ -359,11 +379,15 @@ class QGaLoreAdamW8bit(Optimizer):
             ['param_groups', 'state']
 
         Raises:
+            NonFiniteGradientError: of an earlier step on a GPU, as :meth:`check`.
             RuntimeError: per-layer updates are on, and the update is not finished: call it after ``step()``.
         """
         if self._per_layer is not None:
             self._per_layer.refuse_open("state_dict()")
+        self.check()
         self._adopt()
+        for group in self.param_groups:
+            group["last_grad_norm"] = float(group["last_grad_norm"])  # a tensor after per-layer updates
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -386,6 +410,7 @@ class QGaLoreAdamW8bit(Optimizer):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         groups, sources = self._checked(state_dict)
+        self._unread.forget()
         for parameter, key, device in sources:  # one by one: two copies of all would not fit beside a large model
             if is_low_rank(parameter) and parameter.binding is not None:
                 parameter.binding.drop()
@@ -435,16 +460,23 @@ class QGaLoreAdamW8bit(Optimizer):
         self._ready = True
         self._seconds = defaultdict(float)
         self._per_layer = None
+        self._unread = Unread()
         super().__setstate__(state)
         self._bind()
 
     # ------------------------------------------------------------ reports
 
     def check(self) -> None:
-        """Raise an error that is still pending from an earlier step (synchronises). On the CPU none ever is."""
+        """Wait for the device, and tell of gradients of earlier steps that were not finite. On the CPU there are none.
+
+        Raises:
+            NonFiniteGradientError: with ``nonfinite="raise"``; that parameter was left alone in its step. Each is told
+                of once.
+        """
+        self._unread.read(wait=True)
 
     def telemetry(self) -> list[dict[str, Any]]:
-        """What happened to each parameter so far.
+        """What happened to each parameter so far. Waits for the device.
 
         Returns:
             One dict per parameter: ``name``, ``id``, ``step``, ``groups_shifted`` and ``groups_reranged`` (INT8 groups,

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from q_galore_torch.integrations.distributed import wrapper_of
-from q_galore_torch.optim.clip import check_largest, scale, total_norm
+from q_galore_torch.optim.clip import check_largest, scale, total_norm, usable_norm
 from q_galore_torch.optim.galore_adamw import QGaLoreAdamW8bit
 from q_galore_torch.optim.update import Work, is_low_rank
 
@@ -102,7 +102,7 @@ class PerLayer:
         max_grad_norm: the largest norm allowed, or None.
         clip: what is measured.
         grad_norm: norm over all gradients of the last update before clipping: R of low-rank layers, the ordinary
-            gradient elsewhere; NaN before there is one.
+            gradient elsewhere; NaN before there is one. To read it waits for the device.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class PerLayer:
         ddp: DistributedDataParallel | None,
     ) -> None:
         self.accumulation_steps, self.max_grad_norm, self.clip = accumulation_steps, max_grad_norm, clip
-        self.grad_norm = math.nan
+        self._norm: Tensor | None = None
         self._optimizer = weakref.ref(optimizer)  # which owns this object
         self._ddp = ddp
         self._hooks: dict[int, tuple[weakref.ref[Any], RemovableHandle]] = {}
@@ -130,6 +130,11 @@ class PerLayer:
         optimizer._per_layer = self
         # GradScaler then hands over to step(), which can refuse it; otherwise it fails on gradients that are gone.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+
+    @property
+    def grad_norm(self) -> float:
+        """See the class."""
+        return math.nan if self._norm is None else self._norm.item()
 
     def _owner(self) -> QGaLoreAdamW8bit:
         optimizer = self._optimizer()
@@ -218,21 +223,21 @@ class PerLayer:
     def _clip_each(self, work: list[Work]) -> None:
         """Measure single gradients, and scale each by what is known before the others are."""
         for item in work:
-            norm = total_norm([item.gradient])
+            norm = _norm_of([item])
             self._norms.append(norm)
             if self.max_grad_norm is not None:
                 if self.clip == "last_norm":
-                    norm = torch.full_like(norm, item.group["last_grad_norm"])
+                    last = item.group["last_grad_norm"]
+                    norm = last.to(norm) if isinstance(last, Tensor) else torch.full_like(norm, last)
                 scale([item.gradient], norm, self.max_grad_norm)
 
     def _clip_all(self, work: list[Work]) -> None:
         """Measure all gradients of the window, and scale them together."""
         if not work:
             return
-        gradients = [item.gradient for item in work]
-        self._norms.append(total_norm(gradients))
+        self._norms.append(_norm_of(work))
         if self.max_grad_norm is not None:
-            scale(gradients, self._norms[-1], self.max_grad_norm)
+            scale([item.gradient for item in work], self._norms[-1], self.max_grad_norm)
 
     # ------------------------------------------------------------ windows
 
@@ -267,12 +272,12 @@ class PerLayer:
         for item in work:
             item.parameter.grad = None
         if self._norms:  # else nothing was updated
-            self.grad_norm = torch.nn.utils.get_total_norm(self._norms).item()
-            self._remember(optimizer, self.grad_norm if math.isfinite(self.grad_norm) else 0.0)
+            self._norm = torch.nn.utils.get_total_norm(self._norms)
+            self._remember(optimizer, torch.where(self._norm.isfinite(), self._norm, 0.0))
         self._reset()
         self._attach(optimizer)
 
-    def _remember(self, optimizer: QGaLoreAdamW8bit, norm: float) -> None:
+    def _remember(self, optimizer: QGaLoreAdamW8bit, norm: float | Tensor) -> None:
         for group in optimizer.param_groups:
             group["last_grad_norm"] = norm
 
@@ -339,6 +344,12 @@ class PerLayer:
             return
         if wrapper_of([p for group in optimizer.param_groups for p in group["params"]]) is not None:
             raise RuntimeError("the model is in a DistributedDataParallel: give it to enable_per_layer as ddp=")
+
+
+def _norm_of(work: list[Work]) -> Tensor:
+    """The norm of the gradients that are used."""
+    gradients, flags = [item.gradient for item in work], [item.flag for item in work if item.flag is not None]
+    return usable_norm(gradients, flags) if flags else total_norm(gradients)
 
 
 class _Hook:

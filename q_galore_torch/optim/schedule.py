@@ -139,7 +139,7 @@ def _new_basis(
     upstream = group["lazy_rule"] == "upstream"
     seed, id, dtype = group["seed"], state["id"], group["compute_dtype"]
     if group["subspace"] == "random":
-        return subspace.random_basis(rank, dim, seed, id, draw)
+        return subspace.random_basis(rank, dim, seed, id, draw, old.device)
     assert gradient is not None
     if first and not low_rank and not upstream:
         return subspace.cold_basis(gradient, side, rank, seed, id, dtype)

@@ -40,7 +40,7 @@ from q_galore_torch.subspace import (
 
 UNMEASURED = -2.0  # nothing measured is below -1
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_ON_CPU = ("queue", "measured", "norm")
+_ON_CPU = ("queue", "measured")
 _FREE_SHAPE = ("queue", "past_vector")
 PARTS = ("codes", "scales", "zeros")  # of a projector
 
@@ -200,7 +200,7 @@ def _new_subspace(target: Target, group: dict[str, Any], id: int, number: int, d
         state["right_dim"] = shapes.other
     for index, (name, _, dim) in enumerate(shapes.sides):
         if device.type != "meta" and target.low_rank:
-            start = random_basis(shapes.rank, dim, group["seed"], id, index)
+            start = random_basis(shapes.rank, dim, group["seed"], id, index, device)
             parts = ops.projector_quantize(start.vectors, group["proj_format"], group["proj_block"])
         else:
             parts = empty_projector(shapes.rank, dim, group)
@@ -219,7 +219,7 @@ def _new_subspace(target: Target, group: dict[str, Any], id: int, number: int, d
         "queue": torch.zeros(0, dtype=torch.float64),
         "past_vector": torch.zeros(0, dtype=torch.float32, device=device),
         "measured": torch.full((3,), UNMEASURED, dtype=torch.float64),
-        "norm": torch.zeros(0 if group["norm_growth_limit"] is None else 1, dtype=torch.float64),
+        "norm": torch.zeros(0 if group["norm_growth_limit"] is None else 1, dtype=torch.float64, device=device),
     }
 
 

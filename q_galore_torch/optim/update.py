@@ -1,9 +1,7 @@
-"""The writing half of a step: gradients are checked, then each collection of like parameters is one operator call."""
+"""The writing half of a step: each collection of like parameters is one operator call."""
 
 from __future__ import annotations
 
-import logging
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,18 +13,15 @@ from q_galore_torch.optim.moments import BLOCK
 from q_galore_torch.optim.state import PARTS, Projection, Target
 from q_galore_torch.subspace import FULL
 
-_log = logging.getLogger(__name__)
-
-_LARGEST_GRADIENT = 1e18  # its square still is a float32
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class NonFiniteGradientError(RuntimeError):
-    """A gradient holds a NaN, an infinity or a value whose square overflows; it was not used."""
-
-
 class Work(NamedTuple):
-    """One parameter of a step; ``shapes`` is None where it is not projected."""
+    """One parameter of a step.
+
+    ``shapes`` is None where it is not projected. ``flag``, float32 [1], is on the gradient's device and above
+    ``finite.LARGEST_GRADIENT`` where the parameter is to be left alone; None: the gradient is known to be finite.
+    """
 
     parameter: Any
     name: str
@@ -35,6 +30,7 @@ class Work(NamedTuple):
     target: Target
     gradient: Tensor
     shapes: Projection | None
+    flag: Tensor | None = None
 
     @property
     def low_rank(self) -> bool:
@@ -57,46 +53,6 @@ def checked_gradient(parameter: Tensor, name: str, shapes: Projection | None, lo
         raise RuntimeError(f"the gradient of {name} must be float32, bfloat16 or float16, got {gradient.dtype}")
     gradient = gradient.contiguous()
     return gradient if shapes is None or low_rank else gradient.view(shapes.rows, shapes.cols)
-
-
-def keep_finite(work: list[Work], outcome: str) -> tuple[list[Work], list[float]]:
-    """The parameters whose gradients are finite and small enough to square, and the largest entry of each.
-
-    Args:
-        work: what is to be updated.
-        outcome: what an error means for the update as a whole.
-
-    Raises:
-        NonFiniteGradientError: under ``nonfinite="raise"``, naming the parameter.
-    """
-    kept, sizes = [], []
-    for item, size in zip(work, _absmax([item.gradient for item in work]), strict=True):
-        limit = _LARGEST_GRADIENT
-        if item.shapes is not None and not item.low_rank:
-            # so that no entry of R = P G^T is larger
-            limit /= math.sqrt(math.prod(dim for _, _, dim in item.shapes.sides))
-        if size <= limit:
-            kept.append(item)
-            sizes.append(size)
-            continue
-        if item.low_rank and item.parameter.binding is not None:
-            item.parameter.binding.drop()
-        what = "is not finite" if size == math.inf else f"has an entry of size {size:g}, over {limit:g}"
-        if item.group["nonfinite"] == "raise":
-            raise NonFiniteGradientError(f"the gradient of {item.name} {what}; {outcome}")
-        _log.warning("the gradient of %s %s: left alone in this step", item.name, what)
-    return kept, sizes
-
-
-def _absmax(gradients: list[Tensor]) -> list[float]:
-    sizes = [0.0] * len(gradients)
-    by_device: dict[torch.device, list[int]] = {}
-    for index, gradient in enumerate(gradients):
-        by_device.setdefault(gradient.device, []).append(index)
-    for indices in by_device.values():
-        for index, size in zip(indices, ops.absmax([gradients[i] for i in indices]).tolist(), strict=True):
-            sizes[index] = size
-    return sizes
 
 
 def update(work: list[Work]) -> None:
@@ -133,6 +89,7 @@ def _update_alike(items: list[Work]) -> None:
         [s["id"] for s in states],
         stats,
     ]
+    flags = [item.flag for item in items if item.flag is not None]
     beta1, beta2 = group["betas"]
     common: dict[str, Any] = {
         "lr": float(group["lr"]),
@@ -144,6 +101,7 @@ def _update_alike(items: list[Work]) -> None:
         "stochastic_round": group["stochastic_round"],
         "group_size": target.group_size,
         "block": BLOCK,
+        "absmax": torch.cat(flags) if flags else None,
     }
     if first.shapes is None:
         ops.adam8_step_(*lists, *counts, **common)
