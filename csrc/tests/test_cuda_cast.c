@@ -1,5 +1,5 @@
 /* Noise, largest magnitudes and conversions on an emulated GPU: the bits of the scalar table. */
-#include "gpu.h"
+#include "emulated.h"
 #include "reference.h"
 
 static const qg_backend *gpu, *cpu;
@@ -24,12 +24,12 @@ static void test_noise(void) {
     for (int c = 0; c < 5 * 7; c++) {
         const int64_t count = counts[c % 5], start = starts[c / 5];
         const qg_noise_stream stream = {random_bits(), random_bits(), (uint32_t)random_bits()};
-        int32_t *want = guarded((size_t)count * 4, 0), *got = gpu_memory((size_t)count * 4, 4 * (size_t)(c % 2));
+        int32_t *want = guarded((size_t)count * 4, 0), *got = emulated_poisoned((size_t)count * 4, 4 * (size_t)(c % 2));
         cpu->noise(want, &stream, start, count, NULL);
         gpu->noise(got, &stream, start, count, gpu->queue);
         CHECK_BYTES(
             got, want, (size_t)count * 4, "noise of %lld elements from %lld", (long long)count, (long long)start);
-        gpu_release();
+        emulated_release();
         RELEASE("noise");
     }
 }
@@ -51,19 +51,19 @@ static void test_absmax(void) {
         if (a % 2 == 0 && count > 0)
             ref_store(format, source, random_below(count), special[a / 2 % 7]);
         on_cpu[a] = (qg_array){source, count, format};
-        on_gpu[a] = (qg_array){gpu_copy(source, size, ref_size(format) * (size_t)(a % 2)), count, format};
+        on_gpu[a] = (qg_array){emulated_copy(source, size, ref_size(format) * (size_t)(a % 2)), count, format};
         CHECK(
             gpu->finite(on_gpu[a].data, format, count, gpu->queue) == cpu->finite(source, format, count, NULL),
             "whether array %d is finite", a);
     }
-    float want[ARRAYS], *got = gpu_memory(sizeof want, 4);
+    float want[ARRAYS], *got = emulated_poisoned(sizeof want, 4);
     cpu->absmax(want, on_cpu, ARRAYS, NULL);
     for (int count = 0; count <= ARRAYS; count += count < 3 ? 1 : count < 96 ? 93 : 67) {
-        memset(got, GPU_POISON, sizeof want);
+        memset(got, 0xff, sizeof want);
         gpu->absmax(got, on_gpu, count, gpu->queue);
         CHECK_BYTES(got, want, (size_t)count * 4, "absmax of %d arrays", count);
     }
-    gpu_release();
+    emulated_release();
     RELEASE("absmax");
 }
 
@@ -86,15 +86,15 @@ static void test_cast(void) {
             if (i >= ITEMS) { /* the same sources again */
                 on_cpu[i] = on_cpu[i - ITEMS];
                 on_gpu[i] = on_gpu[i - ITEMS];
-                on_gpu[i].target = gpu_memory(target_size, 0);
+                on_gpu[i].target = emulated_poisoned(target_size, 0);
                 continue;
             }
             void *source = guarded(size, 0);
             fill(source, from, (int64_t)(size / ref_size(from)), any);
             on_cpu[i] = (qg_cast_item){guarded(target_size, 0), source, from, s[0], s[1], s[2]};
             on_gpu[i] = on_cpu[i];
-            on_gpu[i].source = gpu_copy(source, size, ref_size(from) * (size_t)(i / SHAPES % 2));
-            on_gpu[i].target = gpu_memory(target_size, ref_size(to) * (size_t)(i / SHAPES / 2 % 2));
+            on_gpu[i].source = emulated_copy(source, size, ref_size(from) * (size_t)(i / SHAPES % 2));
+            on_gpu[i].target = emulated_poisoned(target_size, ref_size(to) * (size_t)(i / SHAPES / 2 % 2));
         }
         cpu->cast(on_cpu, count, to, NULL);
         gpu->cast(on_gpu, count, to, gpu->queue);
@@ -102,7 +102,7 @@ static void test_cast(void) {
             const size_t size = (size_t)(on_cpu[i].rows * on_cpu[i].cols) * ref_size(to);
             CHECK_BYTES(on_gpu[i].target, on_cpu[i].target, size, "cast, case %d, item %d", c, i);
         }
-        gpu_release();
+        emulated_release();
         RELEASE("cast");
     }
 }
@@ -112,16 +112,16 @@ static void test_cast_copies(void) {
     const uint32_t full[] = {0x7f800001, 0xffbfffff, 0x80000000, 1};
     const uint16_t half[] = {0x7f81, 0xff81, 0x7c01, 0xfdff, 0x8000, 1};
     const qg_cast_item items[] = {
-        {gpu_memory(sizeof full, 0), gpu_copy(full, sizeof full, 0), QG_FLOAT32, 1, 4, 4},
-        {gpu_memory(sizeof half, 0), gpu_copy(half, sizeof half, 0), QG_BFLOAT16, 1, 6, 6},
-        {gpu_memory(sizeof half, 0), gpu_copy(half, sizeof half, 0), QG_FLOAT16, 1, 6, 6},
+        {emulated_poisoned(sizeof full, 0), emulated_copy(full, sizeof full, 0), QG_FLOAT32, 1, 4, 4},
+        {emulated_poisoned(sizeof half, 0), emulated_copy(half, sizeof half, 0), QG_BFLOAT16, 1, 6, 6},
+        {emulated_poisoned(sizeof half, 0), emulated_copy(half, sizeof half, 0), QG_FLOAT16, 1, 6, 6},
     };
     for (int i = 0; i < 3; i++)
         gpu->cast(&items[i], 1, items[i].source_format, gpu->queue);
     CHECK_BYTES(items[0].target, full, sizeof full, "float32 bits");
     CHECK_BYTES(items[1].target, half, sizeof half, "bfloat16 bits");
     CHECK_BYTES(items[2].target, half, sizeof half, "float16 bits");
-    gpu_release();
+    emulated_release();
 }
 
 static void test_scaled_cast(void) {
@@ -136,11 +136,11 @@ static void test_scaled_cast(void) {
         fill(source, from, (int64_t)(size / ref_size(from)), 0);
         if (size > 0)
             ref_store(from, source, 0, INFINITY);
-        void *got = gpu_memory(target_size, ref_size(to) * (size_t)(c % 2));
+        void *got = emulated_poisoned(target_size, ref_size(to) * (size_t)(c % 2));
         cpu->scaled_cast(want, to, source, from, s[0], s[1], s[2], scale, NULL);
-        gpu->scaled_cast(got, to, gpu_copy(source, size, 0), from, s[0], s[1], s[2], scale, gpu->queue);
+        gpu->scaled_cast(got, to, emulated_copy(source, size, 0), from, s[0], s[1], s[2], scale, gpu->queue);
         CHECK_BYTES(got, want, target_size, "scaled cast, case %d, scale %g", c, scale);
-        gpu_release();
+        emulated_release();
         RELEASE("scaled_cast");
     }
 }
@@ -148,8 +148,8 @@ static void test_scaled_cast(void) {
 /* Many arrays are one launch, which reads and writes each element once. */
 static void test_traffic(void) {
     enum { COUNT = 3000, CASTS = 64, ARRAYS = 96 };
-    float *source = gpu_memory(COUNT * 4, 0);
-    uint16_t *target = gpu_memory(CASTS * COUNT * 2, 0);
+    float *source = emulated_poisoned(COUNT * 4, 0);
+    uint16_t *target = emulated_poisoned(CASTS * COUNT * 2, 0);
     qg_cast_item items[CASTS];
     qg_array arrays[ARRAYS];
     memset(source, 0, COUNT * 4);
@@ -165,31 +165,31 @@ static void test_traffic(void) {
     CHECK(counts.loaded == CASTS * COUNT * 4, "%lld bytes read", (long long)counts.loaded);
     CHECK(counts.stored == CASTS * COUNT * 2, "%lld bytes written", (long long)counts.stored);
     emulator_reset_counts();
-    gpu->absmax(gpu_memory(ARRAYS * 4, 0), arrays, ARRAYS, gpu->queue);
+    gpu->absmax(emulated_poisoned(ARRAYS * 4, 0), arrays, ARRAYS, gpu->queue);
     counts = emulator_count(NULL);
     CHECK(counts.launches == 1, "absmax: %lld launches", (long long)counts.launches);
     CHECK(counts.loaded == ARRAYS * COUNT * 4, "absmax: %lld bytes read", (long long)counts.loaded);
     emulator_check_races(1);
-    gpu_release();
+    emulated_release();
 }
 
 /* After a failure a number that the host reads is no good one. */
 static void test_finite_after_failure(void) {
     const float one = 1.0f;
     const char *sentence;
-    const void *source = gpu_copy(&one, sizeof one, 0);
+    const void *source = emulated_copy(&one, sizeof one, 0);
     emulator_fail("cudaLaunchKernel", 0, cudaErrorLaunchFailure);
     CHECK(!gpu->finite(source, QG_FLOAT32, 1, gpu->queue), "finite although its kernel was not launched");
     CHECK(gpu->failure(&sentence, gpu->queue) != QG_SUCCESS, "the failed launch is not told");
     CHECK(strstr(sentence, "absmax") != NULL, "%s", sentence);
     CHECK(gpu->finite(source, QG_FLOAT32, 1, gpu->queue), "one is finite");
-    gpu_release();
+    emulated_release();
 }
 
 int main(void) {
     random_seed(31);
     cpu = level(QG_SIMD_SCALAR);
-    gpu = gpu_open();
+    gpu = emulated_table();
     test_noise();
     test_absmax();
     test_cast();
@@ -197,5 +197,6 @@ int main(void) {
     test_scaled_cast();
     test_traffic();
     test_finite_after_failure();
-    return gpu_close();
+    emulated_check("all calls");
+    return check_finish();
 }

@@ -1,5 +1,5 @@
 /* Blocks of the dynamic map on an emulated GPU: the bits of the scalar table. */
-#include "gpu.h"
+#include "emulated.h"
 #include "reference.h"
 
 static const qg_backend *gpu, *cpu;
@@ -44,16 +44,16 @@ static void test_round_trip(void) {
         }
         cpu->dynamic8_quantize(codes, absmax, values, s[0], s[1], (int32_t)s[2], is_signed, NULL);
         cpu->dynamic8_dequantize(back, codes, absmax, s[0], s[1], (int32_t)s[2], is_signed, NULL);
-        uint8_t *gpu_codes = gpu_memory((size_t)count, offset);
-        float *gpu_absmax = gpu_memory((size_t)blocks * 4, 4 * offset);
-        float *gpu_back = gpu_memory((size_t)count * 4, 4 * offset);
-        const float *source = gpu_copy(values, (size_t)count * 4, 4 * offset);
+        uint8_t *gpu_codes = emulated_poisoned((size_t)count, offset);
+        float *gpu_absmax = emulated_poisoned((size_t)blocks * 4, 4 * offset);
+        float *gpu_back = emulated_poisoned((size_t)count * 4, 4 * offset);
+        const float *source = emulated_copy(values, (size_t)count * 4, 4 * offset);
         gpu->dynamic8_quantize(gpu_codes, gpu_absmax, source, s[0], s[1], (int32_t)s[2], is_signed, gpu->queue);
         gpu->dynamic8_dequantize(gpu_back, gpu_codes, gpu_absmax, s[0], s[1], (int32_t)s[2], is_signed, gpu->queue);
         CHECK_BYTES(gpu_codes, codes, (size_t)count, "codes of case %d", c);
         CHECK_BYTES(gpu_absmax, absmax, (size_t)blocks * 4, "absmax of case %d", c);
         CHECK_BYTES(gpu_back, back, (size_t)count * 4, "decoded, case %d", c);
-        gpu_release();
+        emulated_release();
         RELEASE("dynamic8");
     }
 }
@@ -66,20 +66,21 @@ static void test_codes(void) {
     for (int i = 0; i < 256; i++)
         codes[i] = (uint8_t)i;
     for (int is_signed = 0; is_signed < 2; is_signed++) {
-        float *got = gpu_memory(sizeof want, 0);
+        float *got = emulated_poisoned(sizeof want, 0);
         cpu->dynamic8_dequantize(want, codes, &absmax, 1, 256, 256, is_signed, NULL);
         gpu->dynamic8_dequantize(
-            got, gpu_copy(codes, 256, 0), gpu_copy(&absmax, 4, 0), 1, 256, 256, is_signed, gpu->queue);
+            got, emulated_copy(codes, 256, 0), emulated_copy(&absmax, 4, 0), 1, 256, 256, is_signed, gpu->queue);
         CHECK_BYTES(got, want, sizeof want, "the values of all codes, signed %d", is_signed);
     }
-    gpu_release();
+    emulated_release();
 }
 
 int main(void) {
     random_seed(33);
     cpu = level(QG_SIMD_SCALAR);
-    gpu = gpu_open();
+    gpu = emulated_table();
     test_round_trip();
     test_codes();
-    return gpu_close();
+    emulated_check("all calls");
+    return check_finish();
 }

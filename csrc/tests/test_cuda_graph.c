@@ -1,5 +1,6 @@
 /* What a refresh launches besides its linear algebra, captured in a CUDA graph and run on other numbers. */
-#include "gpu.h"
+#include "cuda/cuda.h"
+#include "emulated.h"
 
 enum { RANK = 5, DIM = 300, COUNT = RANK * DIM, BLOCK = 64, BLOCKS = RANK * ((DIM + BLOCK - 1) / BLOCK) };
 
@@ -15,7 +16,7 @@ typedef struct arrays {
 } arrays;
 
 static void *poisoned(int on_gpu, size_t size) {
-    return on_gpu ? gpu_memory(size, 0) : guarded(size, 0);
+    return on_gpu ? emulated_poisoned(size, 0) : guarded(size, 0);
 }
 
 static arrays make_arrays(int on_gpu) {
@@ -94,25 +95,27 @@ static void compare(const arrays *got, const arrays *want, int round) {
 int main(void) {
     cudaGraph_t graph = NULL;
     cudaGraphExec_t executable = NULL;
-    const qg_backend *gpu = gpu_open();
+    const qg_backend *gpu = emulated_table();
+    const cudaStream_t stream = ((const qg_cuda *)gpu->queue)->stream;
     const arrays want = make_arrays(0), got = make_arrays(1);
     start(&got, 100);
     const float first = got.basis[0];
-    CHECK(cudaStreamBeginCapture(gpu_stream, cudaStreamCaptureModeGlobal) == cudaSuccess, "begin of the capture");
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == cudaSuccess, "begin of the capture");
     run(&got, gpu);
-    CHECK(cudaStreamEndCapture(gpu_stream, &graph) == cudaSuccess, "end of the capture");
+    CHECK(cudaStreamEndCapture(stream, &graph) == cudaSuccess, "end of the capture");
     CHECK(got.basis[0] == first, "captured work has run already");
     CHECK(cudaGraphInstantiate(&executable, graph, 0) == cudaSuccess, "the graph");
     for (int round = 0; round < 2; round++) {
         start(&want, 200 + (uint64_t)round);
         start(&got, 200 + (uint64_t)round);
         run(&want, level(QG_SIMD_SCALAR));
-        CHECK(cudaGraphLaunch(executable, gpu_stream) == cudaSuccess, "launch %d", round);
+        CHECK(cudaGraphLaunch(executable, stream) == cudaSuccess, "launch %d", round);
         compare(&got, &want, round);
     }
     cudaGraphExecDestroy(executable);
     cudaGraphDestroy(graph);
-    gpu_release();
+    emulated_release();
     RELEASE("the CPU's arrays");
-    return gpu_close();
+    emulated_check("all calls");
+    return check_finish();
 }

@@ -1,5 +1,5 @@
 /* The projector's formats on an emulated GPU: the bits of the scalar table. */
-#include "gpu.h"
+#include "emulated.h"
 #include "reference.h"
 
 static const qg_backend *gpu, *cpu;
@@ -72,9 +72,9 @@ static qg_projector on_gpu(const qg_projector *projector, size_t offset, int wit
     const sizes s = sizes_of(projector->rank, projector->dim, projector->block, projector->format);
     const size_t element = is_float(projector->format) ? ref_size(projector->format) : 1;
     qg_projector copy = *projector;
-    copy.codes = gpu_memory(s.codes, element * offset);
-    copy.scales = s.scales > 0 ? gpu_memory(s.scales, 2 * offset) : NULL;
-    copy.zeros = s.zeros > 0 ? gpu_memory(s.zeros, offset) : NULL;
+    copy.codes = emulated_poisoned(s.codes, element * offset);
+    copy.scales = s.scales > 0 ? emulated_poisoned(s.scales, 2 * offset) : NULL;
+    copy.zeros = s.zeros > 0 ? emulated_poisoned(s.zeros, offset) : NULL;
     if (with_contents) {
         memcpy(copy.codes, projector->codes, s.codes);
         if (s.scales > 0)
@@ -101,11 +101,11 @@ static void test_quantize(void) {
         const sizes s = sizes_of(shape[0], shape[1], shape[2], format);
         if (count > 0) /* core asks for no more */
             cpu->projector_quantize(&want, values, NULL);
-        gpu->projector_quantize(&got, gpu_copy(values, (size_t)count * 4, 4 * offset), gpu->queue);
+        gpu->projector_quantize(&got, emulated_copy(values, (size_t)count * 4, 4 * offset), gpu->queue);
         CHECK_BYTES(got.codes, want.codes, s.codes, "codes of case %d", c);
         CHECK_BYTES(got.scales, want.scales, s.scales, "scales of case %d", c);
         CHECK_BYTES(got.zeros, want.zeros, s.zeros, "zeros of case %d", c);
-        gpu_release();
+        emulated_release();
         RELEASE("projector_quantize");
     }
 }
@@ -123,11 +123,11 @@ static void test_quantize_large(void) {
         const qg_projector got = on_gpu(&want, 0, 0);
         const sizes s = sizes_of(RANK, DIM, want.block, formats[f]);
         cpu->projector_quantize(&want, values, NULL);
-        gpu->projector_quantize(&got, gpu_copy(values, RANK * DIM * 4, 0), gpu->queue);
+        gpu->projector_quantize(&got, emulated_copy(values, RANK * DIM * 4, 0), gpu->queue);
         CHECK_BYTES(got.codes, want.codes, s.codes, "codes of format %d", formats[f]);
         CHECK_BYTES(got.scales, want.scales, s.scales, "the scale of format %d", formats[f]);
         CHECK_BYTES(got.zeros, want.zeros, s.zeros, "the zero of format %d", formats[f]);
-        gpu_release();
+        emulated_release();
     }
     RELEASE("projector_quantize");
 }
@@ -159,7 +159,7 @@ static void add_window(windows *w, int64_t row, int64_t rows, int64_t col, int64
     w->cpu[i] = (qg_decode_item){&w->cpu_projectors[i], row, rows, col, cols, guarded(size, 0)};
     w->gpu[i] = w->cpu[i];
     w->gpu[i].projector = &w->gpu_projectors[i];
-    w->gpu[i].target = gpu_memory(size, ref_size(target) * (size_t)random_below(2));
+    w->gpu[i].target = emulated_poisoned(size, ref_size(target) * (size_t)random_below(2));
 }
 
 /* In one list, which changes its format on the way. */
@@ -174,7 +174,7 @@ static void check_windows(windows *w, qg_format target, const char *what) {
             (long long)w->cpu[i].cols, (int)w->cpu[i].projector->format, (int)target);
     }
     w->count = 0;
-    gpu_release();
+    emulated_release();
     RELEASE("%s", what);
 }
 
@@ -230,7 +230,7 @@ static void test_traffic(void) {
         fill(&projector);
         const qg_projector device = on_gpu(&projector, 0, 1);
         for (int i = 0; i < ITEMS; i++)
-            items[i] = (qg_decode_item){&device, 0, RANK, 0, DIM, gpu_memory(RANK * DIM * 2, 0)};
+            items[i] = (qg_decode_item){&device, 0, RANK, 0, DIM, emulated_poisoned(RANK * DIM * 2, 0)};
         emulator_reset_counts();
         gpu->projector_dequantize(items, ITEMS, QG_BFLOAT16, gpu->queue);
         const emulator_counts counts = emulator_count(NULL);
@@ -242,7 +242,7 @@ static void test_traffic(void) {
         CHECK(
             counts.stored == ITEMS * RANK * DIM * 2, "format %d: %lld bytes written", (int)formats[f],
             (long long)counts.stored);
-        gpu_release();
+        emulated_release();
         RELEASE("traffic");
     }
     emulator_check_races(1);
@@ -251,11 +251,12 @@ static void test_traffic(void) {
 int main(void) {
     random_seed(34);
     cpu = level(QG_SIMD_SCALAR);
-    gpu = gpu_open();
+    gpu = emulated_table();
     test_quantize();
     test_quantize_large();
     test_dequantize();
     test_windows();
     test_traffic();
-    return gpu_close();
+    emulated_check("all calls");
+    return check_finish();
 }

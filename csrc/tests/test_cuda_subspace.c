@@ -1,6 +1,6 @@
 /* The passes of a subspace refresh on an emulated GPU: the bits of the scalar table, but for the shift of a Gram matrix,
  * whose sum has an order of its own. */
-#include "gpu.h"
+#include "emulated.h"
 #include "reference.h"
 
 static const qg_backend *gpu, *cpu;
@@ -21,19 +21,19 @@ static void test_sum_squares(void) {
         const size_t size = (size_t)count * ref_size(format);
         void *source = guarded(size, 0);
         fill(format, source, count);
-        double want, *got = gpu_memory(8, 8);
+        double want, *got = emulated_poisoned(8, 8);
         cpu->sum_squares(&want, source, format, count, NULL);
-        const void *on_gpu = gpu_copy(source, size, ref_size(format) * (size_t)(c % 2));
+        const void *on_gpu = emulated_copy(source, size, ref_size(format) * (size_t)(c % 2));
         gpu->sum_squares(got, on_gpu, format, count, gpu->queue);
         CHECK_BYTES(got, &want, 8, "%lld squares: %.17g, not %.17g", (long long)count, *got, want);
-        gpu_release();
+        emulated_release();
         RELEASE("sum_squares");
     }
     const float special[3] = {1.0f, -INFINITY, 0x1p-149f};
-    double *got = gpu_memory(8, 0);
-    gpu->sum_squares(got, gpu_copy(special, sizeof special, 0), QG_FLOAT32, 3, gpu->queue);
+    double *got = emulated_poisoned(8, 0);
+    gpu->sum_squares(got, emulated_copy(special, sizeof special, 0), QG_FLOAT32, 3, gpu->queue);
     CHECK(*got == (double)INFINITY, "an infinity squared: %g", *got);
-    gpu_release();
+    emulated_release();
 }
 
 static void test_limit_growth(void) {
@@ -43,15 +43,16 @@ static void test_limit_growth(void) {
         double want_norm = norms[c % 4];
         const double now = squares[c / 4 % 5];
         const float *flag = c / 20 == 5 ? NULL : &flags[c / 20];
-        float want, *got = gpu_memory(4, 0);
-        memset(&want, GPU_POISON, 4);
-        double *norm = gpu_copy(&want_norm, 8, 0);
+        float want, *got = emulated_poisoned(4, 0);
+        memset(&want, 0xff, 4);
+        double *norm = emulated_copy(&want_norm, 8, 0);
         cpu->limit_growth(&want, &want_norm, &now, 1.01, 0.3, flag, NULL);
         gpu->limit_growth(
-            got, norm, gpu_copy(&now, 8, 0), 1.01, 0.3, flag == NULL ? NULL : gpu_copy(flag, 4, 0), gpu->queue);
+            got, norm, emulated_copy(&now, 8, 0), 1.01, 0.3, flag == NULL ? NULL : emulated_copy(flag, 4, 0),
+            gpu->queue);
         CHECK_BYTES(got, &want, 4, "rate of case %d: %g, not %g", c, *got, want);
         CHECK_BYTES(norm, &want_norm, 8, "norm of case %d: %g, not %g", c, *norm, want_norm);
-        gpu_release();
+        emulated_release();
     }
 }
 
@@ -65,9 +66,9 @@ static void test_normalise(void) {
         void *source = guarded(size, 0);
         fill(format, source, count);
         float *want = guarded((size_t)count * 4, 0);
-        void *on_gpu = gpu_copy(source, size, offset);
-        float *got = gpu_memory((size_t)count * 4, 4 * (size_t)(c / 18));
-        const double *device_squares = gpu_copy(&squares, 8, 0);
+        void *on_gpu = emulated_copy(source, size, offset);
+        float *got = emulated_poisoned((size_t)count * 4, 4 * (size_t)(c / 18));
+        const double *device_squares = emulated_copy(&squares, 8, 0);
         cpu->normalise(want, source, format, count, 7, &squares, NULL);
         gpu->normalise(got, on_gpu, format, count, 7, device_squares, gpu->queue);
         CHECK_BYTES(got, want, (size_t)count * 4, "normalise, case %d", c);
@@ -75,7 +76,7 @@ static void test_normalise(void) {
             gpu->normalise(on_gpu, on_gpu, format, count, 7, device_squares, gpu->queue);
             CHECK_BYTES(on_gpu, want, (size_t)count * 4, "normalise in place, case %d", c);
         }
-        gpu_release();
+        emulated_release();
         RELEASE("normalise");
     }
 }
@@ -97,8 +98,8 @@ static void test_shift_gram(void) {
                 want[i] = (float)((i % n == i / n) + noises[c / 7 % 4] * random_uniform(-1.0, 1.0));
         if (c / 7 == 4 && n > 0)
             want[(n - 1) * n] = n % 2 == 0 ? NAN : INFINITY;
-        float *got = gpu_copy(want, size, 4 * (size_t)(c % 2));
-        double want_distance, *distance = gpu_memory(8, 0);
+        float *got = emulated_copy(want, size, 4 * (size_t)(c % 2));
+        double want_distance, *distance = emulated_poisoned(8, 0);
         cpu->shift_gram(&want_distance, want, n, NULL);
         gpu->shift_gram(distance, got, n, gpu->queue);
         CHECK_BYTES(distance, &want_distance, 8, "distance %g, not %g, n %lld", *distance, want_distance, (long long)n);
@@ -109,7 +110,7 @@ static void test_shift_gram(void) {
             *own = expected;
         }
         CHECK_BYTES(got, want, size, "the rest of a Gram matrix of size %lld", (long long)n);
-        gpu_release();
+        emulated_release();
         RELEASE("shift_gram");
     }
 }
@@ -119,11 +120,11 @@ static void test_bell(void) {
     for (int c = 0; c < 5 * 3; c++) {
         const qg_noise_stream stream = {random_bits(), random_bits(), (uint32_t)random_bits()};
         const int64_t count = counts[c % 5];
-        float *want = guarded((size_t)count * 4, 0), *got = gpu_memory((size_t)count * 4, 4 * (size_t)(c % 2));
+        float *want = guarded((size_t)count * 4, 0), *got = emulated_poisoned((size_t)count * 4, 4 * (size_t)(c % 2));
         cpu->bell(want, &stream, count, NULL);
         gpu->bell(got, &stream, count, gpu->queue);
         CHECK_BYTES(got, want, (size_t)count * 4, "%lld nearly normal numbers", (long long)count);
-        gpu_release();
+        emulated_release();
         RELEASE("bell");
     }
 }
@@ -131,11 +132,12 @@ static void test_bell(void) {
 int main(void) {
     random_seed(32);
     cpu = level(QG_SIMD_SCALAR);
-    gpu = gpu_open();
+    gpu = emulated_table();
     test_sum_squares();
     test_limit_growth();
     test_normalise();
     test_shift_gram();
     test_bell();
-    return gpu_close();
+    emulated_check("all calls");
+    return check_finish();
 }
