@@ -236,7 +236,19 @@ static __device__ inline qg_affine range_at(const struct decode_item *item, int6
     return range;
 }
 
-/* x = the values of the n codes in `words`, the first of them in column col of row `row`. */
+/* The value of code i in `words`. */
+static __device__ inline float value_of(
+    const struct decode_item *item,
+    const uint32_t *words,
+    int i,
+    int packed,
+    const float *entry,
+    qg_affine range) {
+    const uint8_t code = packed ? words[i / 8] >> (4 * (i % 8)) & 15 : byte_of(words, i);
+    return item->zeros != NULL ? qg_projector_decode(code, range) : range.scale * entry[code];
+}
+
+/* x = the values of the n codes in `words`, the first of them in column col of row `row`. Mostly they are of one block. */
 static __device__ inline void decode_run(
     float x[SHARE],
     const struct decode_item *item,
@@ -250,14 +262,20 @@ static __device__ inline void decode_run(
     int64_t index = row * item->row_scales + in_row;
     int64_t next = (in_row + 1) * item->block - col; /* where the next block begins */
     qg_affine range = range_at(item, index);
+    if (next >= n) {
+        UNROLL
+        for (int i = 0; i < SHARE; i++) {
+            x[i] = value_of(item, words, i, packed, entry, range);
+        }
+        return;
+    }
     UNROLL
     for (int i = 0; i < SHARE; i++) {
         if (i == next && i < n) {
             range = range_at(item, ++index);
             next += item->block;
         }
-        const uint8_t code = packed ? words[i / 8] >> (4 * (i % 8)) & 15 : byte_of(words, i);
-        x[i] = item->zeros != NULL ? qg_projector_decode(code, range) : range.scale * entry[code];
+        x[i] = value_of(item, words, i, packed, entry, range);
     }
 }
 
