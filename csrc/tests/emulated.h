@@ -16,6 +16,7 @@ static inline const qg_backend *emulated_table(void) {
             exit(check_finish());
         CHECK(qg_cuda_begin(cuda, emulator_stream(), NULL, 0) == QG_SUCCESS, "%s", qg_cuda_error(cuda));
         emulator_check_races(1);
+        emulator_only_device(1);
     }
     return qg_cuda_backend(cuda);
 }
