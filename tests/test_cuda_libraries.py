@@ -1,6 +1,6 @@
 """cuBLAS and cuSOLVER: what csrc/cuda/libraries.h says about them, against their headers and themselves.
 
-They are large and not needed to build, so the tests skip unless Q_GALORE_CUDA_HEADERS names the folder of their headers:
+They are large and not needed to build: the tests skip unless Q_GALORE_CUDA_HEADERS names the folder of their headers:
 
     pip install --no-deps --target F nvidia-cublas==13.1.1.3 nvidia-cusolver==12.0.4.66
     Q_GALORE_CUDA_HEADERS=F/nvidia/cu13/include
