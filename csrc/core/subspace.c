@@ -190,7 +190,7 @@ qg_status qg_subspace_scratch_size(
             bytes == NULL ? "NULL" : "one");
     }
     *bytes = rows == 0 || cols == 0 || rank == 0 ? 0 : make_plan(rows, cols, rank, sides, linalg).bytes;
-    return QG_SUCCESS;
+    return qg_finish(backend, QG_SUCCESS); /* work_size cannot say that it failed */
 }
 
 /* ---------------------------------------------------------------- a job */
