@@ -28,6 +28,8 @@ settings.register_profile(
 settings.load_profile("project")
 
 EMULATED = emulated.Emulated() if emulated.wanted() else None
+if EMULATED is not None:
+    EMULATED.use()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,7 @@
 """The ordinary ops on the CUDA kernels, which the emulator of csrc/tests runs on the CPU.
 
-``QG_TEST_BACKEND=emulated`` makes conftest.py call :func:`install`: from then on CPU tensors are worked on with the
-tables that the emulated library fills. ``make -C csrc/tests emulated`` builds what is needed.
+With ``QG_TEST_BACKEND=emulated`` conftest.py does so for all tests. ``make -C csrc/tests emulated`` builds what is
+needed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ class _Params(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_uint32), ("device", ctypes.c_int32), ("allow_tf32", ctypes.c_int32)]
 
 
+class _Counts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("launches", "loaded", "stored", "threads", "blocks")]
+
+
 def wanted() -> bool:
     """Whether the environment asks for the emulated kernels."""
     backend = os.environ.get("QG_TEST_BACKEND", "cpu")
@@ -40,7 +44,7 @@ def missing() -> str:
 
 
 class Emulated:
-    """One emulated GPU that does the CPU's work until the process ends."""
+    """One emulated GPU, which does the CPU's work from :meth:`use` on. It must outlive its last use."""
 
     def __init__(self) -> None:
         if missing():
@@ -53,6 +57,7 @@ class Emulated:
         for name in ("emulator_stream", "qg_cuda_backend", "qg_cuda_linalg"):
             getattr(self.library, name).restype = ctypes.c_void_p
         self.library.emulator_waits.restype = ctypes.c_int64
+        self.library.emulator_count.restype = _Counts
         assert self.library.qg_cuda_version().decode() == qg.__version__
         params, message = _Params(ctypes.sizeof(_Params), 0, 0), ctypes.create_string_buffer(512)
         self.cuda = ctypes.c_void_p()
@@ -65,9 +70,20 @@ class Emulated:
         stream = ctypes.c_void_p(self.library.emulator_stream())
         status = self.library.qg_cuda_begin(self.cuda, stream, ctypes.c_void_p(start), ctypes.c_size_t(WORKSPACE))
         assert status == 0, self.library.qg_cuda_error(self.cuda).decode()
-        backend, linalg = (getattr(self.library, f"qg_cuda_{table}")(self.cuda) for table in ("backend", "linalg"))
-        torch.ops.q_galore.set_cpu_tables(backend, linalg)
+
+    def use(self, on: bool = True) -> None:
+        """From now on CPU tensors are worked on by the emulated kernels, or by the CPU's again."""
+        tables = (getattr(self.library, f"qg_cuda_{table}")(self.cuda) for table in ("backend", "linalg"))
+        torch.ops.q_galore.set_cpu_tables(*(tables if on else (0, 0)))
+
+    def forget_counts(self) -> None:
+        """Count anew."""
+        self.library.emulator_reset_counts()
 
     def waits(self) -> int:
         """How often the host has waited for the device."""
         return self.library.emulator_waits()
+
+    def launches(self) -> int:
+        """How many kernels have been launched."""
+        return self.library.emulator_count(None).launches
