@@ -1,4 +1,8 @@
-"""What every test runs under: two threads, one seed, reproducible hypothesis examples, and skips that are counted."""
+"""What every test runs under: two threads, one seed, reproducible hypothesis examples, and skips that are counted.
+
+With ``--device cuda`` (make gpu-check) the tensors of the tests are made on the GPU, and the ops are still held to the
+definitions of ``q_galore_torch.reference`` as the CPU computes them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 import emulated
+from elsewhere import CPU_ONLY, Elsewhere, on_cpu
 
 # Sums of a GEMM depend on the thread count: the same everywhere, so that a failure is one everywhere.
 THREADS = min(2, os.cpu_count() or 1)
@@ -23,6 +28,33 @@ settings.register_profile(
 settings.load_profile("project")
 
 EMULATED = emulated.Emulated() if emulated.wanted() else None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests make their tensors: cpu (default) or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = torch.device(config.getoption("--device"))
+    if device.type == "cpu":
+        return
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {device}: torch {torch.__version__} finds no usable GPU")
+    from q_galore_torch import reference
+
+    # Collection makes tensors, too: the mode stays on until the process ends.
+    mode = Elsewhere(device)
+    mode.__enter__()
+    for name in reference.__all__:
+        setattr(reference, name, on_cpu(getattr(reference, name), mode))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.device(config.getoption("--device")).type != "cpu":
+        for item in items:
+            reason = CPU_ONLY.get(item.name.partition("[")[0])
+            if reason is not None:
+                item.add_marker(pytest.mark.skip(reason=f"for the CPU alone: {reason}"))
 
 
 def pytest_report_header() -> list[str]:
