@@ -21,7 +21,7 @@ import registers  # noqa: E402
 
 build = registers.build
 NVCC = build.find_nvcc()
-# Kernels that a step spends its time in: their file, and the fewest 128-bit loads and stores in their code. Each share of
+# Kernels that a step spends its time in: their file, and the fewest 128-bit loads and stores in their code. A share of
 # 16 elements takes one for codes, two for 16-bit numbers, four for float32; nvcc has been seen to take stores apart.
 HOT_KERNELS = {
     "update_kernel": ("update", 19, 9),
