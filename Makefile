@@ -23,7 +23,7 @@ C_FILES := find csrc examples -path csrc/tests/build -prune -o -type f \( -name 
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test ctest pytest build bench lint ruff mypy clang-format format sanitize clean distclean
+.PHONY: help demo test ctest pytest build bench lint ruff mypy clang-format format sanitize gpu-check registers clean distclean
 
 help:
 	@echo "make demo       train a small LLaMA with Q-GaLore on real text, print held-out loss, plot the curve"
@@ -32,6 +32,8 @@ help:
 	@echo "make ctest      the C test programs alone: plain, ASan + UBSan, valgrind"
 	@echo "make pytest     the Python tests alone"
 	@echo "make sanitize   the Python tests against an extension built with ASan + UBSan"
+	@echo "make gpu-check  what needs a GPU: tests, compute-sanitizer, benchmarks, with the torch of PYTHON; some minutes"
+	@echo "make registers  write csrc/cuda/registers.txt with the nvcc that is here"
 	@echo "make bench      the benchmarks"
 	@echo "make lint       ruff, mypy, clang-format;   make format applies ruff format and clang-format"
 	@echo "make clean      remove what was built;   make distclean removes .venv too"
@@ -91,6 +93,13 @@ SAN_ENV = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-nam
 sanitize: $(STAMPS)/test $(CSRC)
 	Q_GALORE_SANITIZE=address,undefined Q_GALORE_CUDA=0 $(PY) setup.py --quiet build --build-lib build/sanitize
 	$(SAN_ENV) $(VENV)/bin/pytest -rs -p no:cacheprovider $(PYTEST_ARGS)
+
+# Nothing is installed: the Python is one whose torch has CUDA.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
+registers: $(STAMPS)/torch
+	$(PY) csrc/tests/registers.py --write
 
 # ---------------------------------------------------------------- what is made once
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import deque
 from pathlib import Path
@@ -18,8 +19,10 @@ from q_galore_torch import subspace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench_gpu  # noqa: E402
 import bench_memory  # noqa: E402
 import bench_train  # noqa: E402
+import gpu_check  # noqa: E402
 import recorded_gradients as recorded  # noqa: E402
 import small_models  # noqa: E402
 import subspace_runs as runs  # noqa: E402
@@ -304,3 +307,58 @@ def test_planner_agrees_with_training(tmp_path: Path, capsys: Any) -> None:
     table = bench_memory.compared(str(tmp_path / "config.json"), 16, 4, list(bench_memory.MODES))
     assert all(abs(row["difference"]) < 0.005 for row in table.values()) and len(table) == 8
     assert capsys.readouterr().out.count(" MB") == 16
+
+
+# ---------------------------------------------------------------- a GPU's
+
+
+def test_bench_gpu_runs_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its figures mean nothing there, but every contestant and kernel runs."""
+    words = ["--device", "cpu", "--quick", "--tokens", "16", "--rounds", "1", "--models", "60m", "layer"]
+    bench_gpu.main(words)
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"  {name:34s} ") == 2 for name in bench_gpu.CONTESTANTS)
+    rates = re.findall(r"^  (\w.*?)  +([\d.]+)  +([\d.]+)$", printed.partition("A refresh")[0], re.M)
+    assert rates[0] == ("copy", rates[0][1], "1.00")
+    assert len(rates) == 10 and all(float(rate) > 0 for _, rate, _ in rates)
+
+
+def test_bench_gpu_goes_on_where_a_model_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> dict[str, float]:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(bench_gpu, "trained", full)
+    table = bench_gpu.model_table(bench_gpu.CASES["1b"], 16, 1, bench_gpu.Clock(torch.device("cpu")))
+    assert table == {name: {"failed": "out of memory"} for name in bench_gpu.CONTESTANTS}
+
+
+def test_gpu_check_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main([]) == 2
+    sentence = f"gpu-check needs a GPU, and torch {torch.__version__} finds none that it can use\n"
+    assert capsys.readouterr().err == sentence
+
+
+def test_gpu_check_runs_every_part_and_counts_failures(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        gpu_check.run([sys.executable, "-c", "raise SystemExit(3)"], 60)
+
+    monkeypatch.setattr(gpu_check, "PARTS", {"first": fail, "second": lambda: None})
+    assert gpu_check.check(["first", "second"]) == 1
+    printed = capfd.readouterr().out
+    assert re.search(r"^first +\d+ s  FAILED: python\S* -c raise SystemExit\(3\) ended with status 3$", printed, re.M)
+    assert re.search(r"^second +\d+ s  passed$", printed, re.M)
+    assert gpu_check.check(["second"]) == 0
+
+
+def test_gpu_check_names_a_tool_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(gpu_check.Failed, match="compute-sanitizer was found neither on PATH nor in "):
+        gpu_check.tool("compute-sanitizer")
+
+
+def test_gpu_check_runs_tests_that_exist() -> None:
+    assert all((ROOT / f"tests/test_{name}.py").exists() for name in gpu_check.TESTS)

@@ -21,8 +21,17 @@ import registers  # noqa: E402
 
 build = registers.build
 NVCC = build.find_nvcc()
-# Kernels that a step spends its time in, and the 128-bit accesses that their bytes allow.
-HOT_KERNELS: dict[str, str] = {}
+# Kernels that a step spends its time in: their file, and the fewest 128-bit loads and stores in their code. A share of
+# 16 elements takes one for codes, two for 16-bit numbers, four for float32; nvcc has been seen to take stores apart.
+HOT_KERNELS = {
+    "update_kernel": ("update", 19, 9),
+    "adam_kernel": ("adam8", 22, 22),
+    "adam_update_kernel": ("adam8", 23, 19),
+    "decode_units": ("projector", 2, 18),
+    "int8_dequantize_kernel": ("int8", 1, 6),
+    "cast_units": ("cast", 8, 8),
+    "absmax_units": ("cast", 6, 0),
+}
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 needs_kernels = pytest.mark.skipif(not build.sources("cuda/*.cu"), reason="csrc/cuda holds no kernels")
@@ -111,9 +120,10 @@ def _sass(cubin: Path) -> dict[str, str]:
 def test_hot_kernels_move_128_bits_at_a_time(
     kernel: str, arch: str, compiled: tuple[list[registers.Kernel], Path]
 ) -> None:
-    code = _sass(compiled[1] / f"{HOT_KERNELS[kernel]}.sm_{arch}.cubin")[kernel]
-    assert re.search(r"\bLDG\.E\S*\.128", code), "no 128-bit load"
-    assert re.search(r"\bSTG\.E\S*\.128", code), "no 128-bit store"
+    file, loads, stores = HOT_KERNELS[kernel]
+    code = _sass(compiled[1] / f"{file}.sm_{arch}.cubin")[kernel]
+    assert len(re.findall(r"\bLDG\.E\.128\b", code)) >= loads
+    assert len(re.findall(r"\bSTG\.E\.128\b", code)) >= stores
 
 
 INEXACT = re.compile(r"\b(?:fma\.\w+\.f(?:32|64)|\w+(?:\.\w+)*\.ftz\S*|\w+\.(?:approx|full)\S*)")

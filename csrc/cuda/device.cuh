@@ -163,6 +163,14 @@ static __device__ inline void load_words(uint32_t out[4], const void *from) {
 static __device__ inline void store_words(void *to, const uint32_t in[4]) {
     *(uint4 *)to = make_uint4(in[0], in[1], in[2], in[3]);
 }
+
+/* The same for floats, as one instruction: nvcc 13.0 takes a uint4 of them apart, for the branch beside it stores them
+ * one by one. (Codes are left whole, and int8_quantize would spill on sm_120.) */
+static __device__ inline void store_float_words(void *to, const uint32_t in[4]) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(in[0]), "r"(in[1]),
+        "r"(in[2]), "r"(in[3])
+        : "memory");
+}
 #else
 /* g++ takes an array of another type for other memory. */
 static inline void load_words(uint32_t out[4], const void *from) {
@@ -173,6 +181,10 @@ static inline void load_words(uint32_t out[4], const void *from) {
 static inline void store_words(void *to, const uint32_t in[4]) {
     emulator_note_store(to, 16);
     memcpy(to, in, 16);
+}
+
+static inline void store_float_words(void *to, const uint32_t in[4]) {
+    store_words(to, in);
 }
 #endif
 
@@ -242,8 +254,8 @@ static __device__ inline void load_halves(uint32_t halves[8], const uint16_t *fr
 
 static __device__ inline void store_halves(uint16_t *to, const uint32_t halves[8], int n) {
     if (is_whole(to, n)) {
-        store_words(to, halves);
-        store_words(to + 8, halves + 4);
+        store_float_words(to, halves);
+        store_float_words(to + 8, halves + 4);
         return;
     }
     UNROLL
@@ -283,7 +295,7 @@ static __device__ inline void store_float32(float *to, const float x[SHARE], int
         UNROLL
         for (int i = 0; i < SHARE; i += 4) {
             const uint32_t bits[4] = {qg_bits(x[i]), qg_bits(x[i + 1]), qg_bits(x[i + 2]), qg_bits(x[i + 3])};
-            store_words(to + i, bits);
+            store_float_words(to + i, bits);
         }
         return;
     }

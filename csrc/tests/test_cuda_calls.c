@@ -1,11 +1,15 @@
 /* Every call of the library on a GPU's tables against the same call on the CPU's: equal bits, close sums of GEMMs.
  *
- * Only the public header and the CUDA runtime are used, so that the program runs under the emulator and, linked with the
- * real library (make gpu-check), on a GPU and under compute-sanitizer. */
+ * Memory is the CUDA runtime's, so the program also runs, linked with the real library, on a GPU and under
+ * compute-sanitizer (make gpu-check). */
 #include "harness.h"
 
 #include <cuda_runtime.h>
 #include <stdio.h>
+
+#ifdef QG_EMULATED
+#include "standin.h"
+#endif
 
 static cudaStream_t stream;
 static const qg_backend *cpu, *gpu;
@@ -446,6 +450,11 @@ static void test_subspace(void) {
 }
 
 int main(void) {
+#ifdef QG_EMULATED
+    standin_cublas();
+    standin_cusolver();
+    emulator_check_races(1);
+#endif
     char message[512] = "";
     qg_cuda *cuda = NULL;
     const qg_cuda_params gpu_params = {.struct_size = sizeof gpu_params};
