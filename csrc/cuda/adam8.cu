@@ -281,7 +281,7 @@ static __device__ inline void int8_update_share(
     float *kept,
     int64_t index,
     int64_t n) {
-    const struct group_task group = group_task_of(task, index, n);
+    const struct group_task group = group_task_of(task, index, (uint32_t)n);
     const int64_t first = group.first + team_rank() * SHARE;
     const int share = share_of(n - team_rank() * SHARE);
     struct extremes extremes = no_extremes();

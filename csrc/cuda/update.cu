@@ -26,19 +26,18 @@ struct update_list {
     struct update_item item[UPDATE_ITEMS];
 };
 
-/* The group whose elements begin `offset` behind the item's first. */
-static __device__ inline void int8_update_group(const struct update_item *item, int64_t offset, int64_t n) {
+static __device__ inline void int8_update_group(const struct update_item *item, int64_t number, uint32_t n) {
     const struct weight_task *task = &item->weight;
-    const struct group_task group = group_task_of(task, quotient(item->first + offset, task->group), n);
+    const struct group_task group = group_task_of(task, number, n);
     struct extremes extremes = no_extremes();
     for (int pass = n > PIECE ? 0 : 1; pass < 2; pass++) {
-        for (int64_t p = 0; p < n; p += PIECE) {
-            const int64_t i = p + team_rank() * SHARE, first = group.first + i;
+        for (uint32_t p = 0; p < n; p += PIECE) {
+            const int64_t i = (int64_t)p + team_rank() * SHARE, first = group.first + i;
             const int share = share_of(n - i);
             uint32_t codes[4], next[4];
             float u[SHARE];
             load_bytes(codes, (const uint8_t *)task->data + first, share);
-            load_floats(u, item->u, item->u_format, offset + i, share);
+            load_floats(u, item->u, item->u_format, first - item->first, share);
             int8_move(next, &extremes, task, &group, codes, u, first, share);
             if (pass == 0) {
                 continue;
@@ -48,7 +47,7 @@ static __device__ inline void int8_update_group(const struct update_item *item, 
                 return;
             }
             if (verdict.reranged) {
-                int8_rerange(task, &group, item->u, item->u_format, offset);
+                int8_rerange(task, &group, item->u, item->u_format, group.first - item->first);
                 return;
             }
             int8_store(task, next, verdict.shift, first, share);
@@ -59,7 +58,7 @@ static __device__ inline void int8_update_group(const struct update_item *item, 
     }
 }
 
-static __global__ void __launch_bounds__(THREADS) update_kernel(struct update_list list) {
+static __global__ void __launch_bounds__(THREADS, 4) update_kernel(struct update_list list) {
     for (int64_t unit = first_unit(); unit < list.end[UPDATE_ITEMS - 1]; unit += unit_stride()) {
         const int i = item_of(list.end, unit);
         const struct update_item *item = &list.item[i];
@@ -69,7 +68,7 @@ static __global__ void __launch_bounds__(THREADS) update_kernel(struct update_li
         const int64_t size = item->weight.format == QG_INT8 ? item->weight.group : PIECE;
         const int64_t offset = unit_of_item(list.end, i, unit) * size, n = smaller(size, item->count - offset);
         if (item->weight.format == QG_INT8) {
-            int8_update_group(item, offset, n);
+            int8_update_group(item, quotient(item->first + offset, size), (uint32_t)n);
         } else {
             const int64_t from = offset + team_rank() * SHARE;
             const int share = share_of(item->count - from);

@@ -59,10 +59,21 @@ static __device__ inline qg_noise_key key_of(const struct weight_task *task, int
     return task->key.element_high == high ? task->key : qg_make_noise_key(&task->stream, high);
 }
 
-/* How many of n elements, n <= 16, share the noise key of the first, whose low word this is. */
-static __device__ inline int noise_run(uint32_t low, int n) {
-    const uint32_t left = 0u - low; /* 0: 2^32 */
-    return left - 1 < (uint32_t)n ? (int)left : n;
+/* The noise of one of 16 elements from `first`: past a multiple of 2^32 the key is that of the `last` one. */
+static __device__ inline int32_t noise_of(const qg_noise_key *key, const qg_noise_key *last, int64_t first, int i) {
+    const uint32_t low = (uint32_t)first + (uint32_t)i;
+    const int behind = low < (uint32_t)first;
+    qg_noise_key own = *key;
+    own.k[0] = behind ? last->k[0] : key->k[0];
+    own.k[1] = behind ? last->k[1] : key->k[1];
+    own.k[2] = behind ? last->k[2] : key->k[2];
+    return qg_noise_element(&own, low);
+}
+
+/* Shares that are whole and have one key take no notice of bounds: they are nearly all, and their elements are worked on
+ * side by side. */
+static __device__ inline int is_plain(int64_t first, int n) {
+    return n == SHARE && (uint32_t)first <= UINT32_MAX - (SHARE - 1);
 }
 
 /* ---------------------------------------------------------------- float weights */
@@ -73,14 +84,19 @@ static __device__ inline void bfloat16_round(
     const struct weight_task *task,
     int64_t first,
     int n) {
-    for (int from = 0, to; from < n; from = to) {
-        const qg_noise_key key = key_of(task, first + from);
-        to = from + noise_run((uint32_t)first + (uint32_t)from, n - from);
+    if (is_plain(first, n)) {
+        const qg_noise_key key = key_of(task, first);
         UNROLL
         for (int i = 0; i < SHARE; i++) {
-            if (i >= from && i < to) {
-                set_half(halves, i, qg_to_bfloat16_stochastic(x[i], qg_noise_element(&key, (uint32_t)(first + i))));
-            }
+            set_half(halves, i, qg_to_bfloat16_stochastic(x[i], qg_noise_element(&key, (uint32_t)first + (uint32_t)i)));
+        }
+        return;
+    }
+    const qg_noise_key key = key_of(task, first), last = key_of(task, first + SHARE - 1);
+    UNROLL
+    for (int i = 0; i < SHARE; i++) {
+        if (i < n) {
+            set_half(halves, i, qg_to_bfloat16_stochastic(x[i], noise_of(&key, &last, first, i)));
         }
     }
 }
@@ -110,16 +126,16 @@ static __device__ inline void float_update(const struct weight_task *task, int64
 struct group_task {
     int64_t group;
     int64_t first; /* element */
-    int64_t n;
+    uint32_t n;
     qg_affine range;
     float step; /* rate / scale */
 };
 
-/* What a whole group decides from: the extremes of x = q + d (as qg_order) and of q', and the largest |d| (as bits). */
+/* What a whole group decides from: the extremes of x = q + d (as qg_order) and of q', and whether some d is not 0. */
 struct extremes {
     int32_t x_low, x_high;
     int32_t q_low, q_high;
-    int32_t furthest;
+    int32_t moved;
 };
 
 /* What becomes of the group: nothing, all codes and the zero move by `shift`, or a new range. */
@@ -129,7 +145,7 @@ struct verdict {
     int32_t shift;
 };
 
-static __device__ inline struct group_task group_task_of(const struct weight_task *task, int64_t group, int64_t n) {
+static __device__ inline struct group_task group_task_of(const struct weight_task *task, int64_t group, uint32_t n) {
     struct group_task g;
     g.group = group;
     g.first = group * task->group;
@@ -145,8 +161,30 @@ static __device__ inline struct extremes no_extremes(void) {
     return none;
 }
 
-/* next = q' modulo 256 of elements first .. first + n, and their part of the extremes. Modulo, because a shift that is
- * added later is taken modulo 256 too. */
+/* Sets byte i of next to q' modulo 256, and takes its part of the extremes. Modulo, because a shift that is added later
+ * is taken modulo 256 too. */
+static __device__ inline void int8_move_element(
+    uint32_t next[4],
+    struct extremes *e,
+    int i,
+    uint8_t code,
+    float u,
+    int32_t noise,
+    const struct group_task *group,
+    float decay,
+    int stochastic) {
+    const float d = qg_int8_distance(code, group->range.zero, u, decay, group->step);
+    const int32_t move = stochastic ? qg_int8_move_stochastic(d, noise) : qg_int8_move_nearest(d);
+    const int32_t x = qg_order((float)code + d), q = code + move;
+    e->x_low = x < e->x_low ? x : e->x_low;
+    e->x_high = x > e->x_high ? x : e->x_high;
+    e->q_low = q < e->q_low ? q : e->q_low;
+    e->q_high = q > e->q_high ? q : e->q_high;
+    e->moved |= qg_magnitude(d);
+    set_byte(next, i, (uint8_t)q);
+}
+
+/* next = q' modulo 256 of elements first .. first + n, and their part of the extremes. */
 static __device__ inline void int8_move(
     uint32_t next[4],
     struct extremes *extremes,
@@ -157,27 +195,25 @@ static __device__ inline void int8_move(
     int64_t first,
     int n) {
     const int stochastic = task->c.stochastic;
+    const float decay = task->c.decay;
     struct extremes e = *extremes;
     next[0] = next[1] = next[2] = next[3] = 0;
-    for (int from = 0, to; from < n; from = to) {
-        const qg_noise_key key = key_of(task, first + from);
-        to = from + noise_run((uint32_t)first + (uint32_t)from, n - from);
+    if (stochastic && is_plain(first, n)) {
+        const qg_noise_key key = key_of(task, first);
         UNROLL
         for (int i = 0; i < SHARE; i++) {
-            if (i < from || i >= to) {
-                continue;
-            }
-            const int32_t code = byte_of(codes, i);
-            const float d = qg_int8_distance((uint8_t)code, group->range.zero, u[i], task->c.decay, group->step);
-            const int32_t move = stochastic ? qg_int8_move_stochastic(d, qg_noise_element(&key, (uint32_t)(first + i)))
-                                            : qg_int8_move_nearest(d);
-            const int32_t x = qg_order((float)code + d), q = code + move;
-            e.x_low = x < e.x_low ? x : e.x_low;
-            e.x_high = x > e.x_high ? x : e.x_high;
-            e.q_low = q < e.q_low ? q : e.q_low;
-            e.q_high = q > e.q_high ? q : e.q_high;
-            e.furthest = qg_magnitude(d) > e.furthest ? qg_magnitude(d) : e.furthest;
-            set_byte(next, i, (uint8_t)q);
+            const int32_t noise = qg_noise_element(&key, (uint32_t)first + (uint32_t)i);
+            int8_move_element(next, &e, i, byte_of(codes, i), u[i], noise, group, decay, 1);
+        }
+        *extremes = e;
+        return;
+    }
+    const qg_noise_key key = key_of(task, first), last = key_of(task, first + SHARE - 1);
+    UNROLL
+    for (int i = 0; i < SHARE; i++) {
+        if (i < n) {
+            const int32_t noise = noise_of(&key, &last, first, i);
+            int8_move_element(next, &e, i, byte_of(codes, i), u[i], noise, group, decay, stochastic);
         }
     }
     *extremes = e;
@@ -193,7 +229,7 @@ static __device__ inline struct verdict int8_decide(const struct extremes *extre
     const int keep = !(qg_int8_range(low, high).scale < range.scale * 0.5f);
     const int fits = q_low >= 0 && q_high <= 255;
     struct verdict verdict;
-    verdict.untouched = team_largest(extremes->furthest) == 0; /* every d is 0 */
+    verdict.untouched = team_largest(extremes->moved) == 0;
     verdict.shift = fits ? 0 : (int32_t)qg_round_double(127.5 - ((double)q_high + q_low) / 2);
     const int32_t zero = range.zero + verdict.shift;
     verdict.reranged = !verdict.untouched && (!keep || q_high - q_low > 255 || zero > 32767 || zero < -32767);
@@ -261,7 +297,7 @@ static __device__ inline void int8_rerange(
     int64_t u_first) {
     uint8_t *codes = (uint8_t *)task->data + group->first;
     double low = 0x1p1000, high = -0x1p1000;
-    for (int64_t i = team_rank(); i < group->n; i += TEAM) {
+    for (uint32_t i = (uint32_t)team_rank(); i < group->n; i += TEAM) {
         const double x = int8_target(task, group, codes[i], load_float(u, u_format, u_first + i));
         low = x < low ? x : low;
         high = x > high ? x : high;
@@ -272,7 +308,7 @@ static __device__ inline void int8_rerange(
     const int32_t zero = group->range.zero;
     const qg_affine range = qg_int8_range_or_constant(s * (low - zero), s * (high - zero));
     const double ratio = s / (double)range.scale;
-    for (int64_t i = team_rank(); i < group->n; i += TEAM) {
+    for (uint32_t i = (uint32_t)team_rank(); i < group->n; i += TEAM) {
         const double x = int8_target(task, group, codes[i], load_float(u, u_format, u_first + i));
         const qg_noise_key key = key_of(task, group->first + i);
         const int32_t noise = qg_noise_element(&key, (uint32_t)(group->first + i));
