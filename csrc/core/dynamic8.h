@@ -96,11 +96,20 @@ QG_INLINE int32_t qg_dynamic_decade(const qg_dynamic_map *map, int32_t key) {
     return (octaves + (key > map->bound[octaves & 7])) & 7;
 }
 
-/* A of the entry nearest to x in [0, 2): one of the two next to x slope + intercept, whichever is nearer. */
+/* The errors of x slope + intercept, and of entries that are rounded to floats, are together below this. */
+#define QG_DYNAMIC_DOUBT 0x1p-13f
+
+/* A of the entry nearest to x in [0, 2): the integer nearest to x slope + intercept, unless x is next to a midpoint: then
+ * one of the two next to it, whichever entry is nearer. */
 QG_INLINE int32_t qg_dynamic_index(const qg_dynamic_map *map, float x, int32_t ties_up) {
     const int32_t decade = qg_dynamic_decade(map, qg_dynamic_key(x, ties_up));
     const float y = x < map->last[decade] ? x : map->last[decade];
-    const int32_t a = (int32_t)(y * map->slope[decade] + map->intercept[decade]);
+    const float line = y * map->slope[decade] + map->intercept[decade];
+    const float off = line - ((line + 0x1.8p23f) - 0x1.8p23f);
+    if (fabsf(off) < 0.5f - QG_DYNAMIC_DOUBT) {
+        return qg_round(line);
+    }
+    const int32_t a = (int32_t)line;
     /* Both distances are exact where they are nearly equal. Their bits order as they do, and a tie is one more. */
     const int32_t below = (int32_t)qg_bits(x - qg_dynamic_entry(map, a));
     const int32_t above = (int32_t)qg_bits(qg_dynamic_entry(map, a + 1) - x);

@@ -55,17 +55,20 @@ static __device__ inline void adam_share(
     const float g[SHARE],
     int64_t first,
     int n) {
-    float m[SHARE], v[SHARE];
-    load_float32(m, (const float *)task->m + first, n);
-    load_float32(v, (const float *)task->v + first, n);
     UNROLL
-    for (int i = 0; i < SHARE; i++) {
-        m[i] = qg_adam_exp_avg(m[i], g[i], &task->c);
-        v[i] = qg_adam_exp_avg_sq(v[i], g[i], &task->c);
-        normalised[i] = qg_adam_normalised(m[i], v[i], &task->c);
+    for (int i = 0; i < SHARE; i += 4) {
+        float m[4], v[4];
+        load_four(m, (const float *)task->m + first + i, n - i);
+        load_four(v, (const float *)task->v + first + i, n - i);
+        UNROLL
+        for (int k = 0; k < 4; k++) {
+            m[k] = qg_adam_exp_avg(m[k], g[i + k], &task->c);
+            v[k] = qg_adam_exp_avg_sq(v[k], g[i + k], &task->c);
+            normalised[i + k] = qg_adam_normalised(m[k], v[k], &task->c);
+        }
+        store_four((float *)task->m + first + i, m, n - i);
+        store_four((float *)task->v + first + i, v, n - i);
     }
-    store_float32((float *)task->m + first, m, n);
-    store_float32((float *)task->v + first, v, n);
 }
 
 /* 8-bit moments, first half: m and v from their codes and the gradient. largest collects the bits of the largest
@@ -163,24 +166,24 @@ static __device__ inline void adam8_block(
     const struct maps *maps,
     int64_t row,
     int64_t col,
-    int64_t n) {
+    uint32_t n) {
     const struct moments_task *task = &item->moments;
     const int64_t block = row * item->moments_blocks + quotient(item->first_col + col, task->block);
-    const int64_t begin = row * item->moments_cols + item->first_col + col;
-    const int64_t g_begin = row * item->gradient_row_stride + col, n_begin = row * item->normalised_row_stride + col;
     const float absmax[2] = {task->m_absmax[block], task->v_absmax[block]};
     int32_t largest[2] = {0, 0};
     for (int pass = n > PIECE ? 0 : 1; pass < 2; pass++) {
-        for (int64_t p = 0; p < n; p += PIECE) {
-            const int64_t i = p + team_rank() * SHARE;
-            const int share = share_of(n - i);
+        for (uint32_t p = 0; p < n; p += PIECE) {
+            const uint32_t i = p + (uint32_t)team_rank() * SHARE;
+            const int64_t at = col + i, first = row * item->moments_cols + item->first_col + at;
+            const int share = share_of((int64_t)n - i);
             float g[SHARE], m[SHARE], v[SHARE];
-            load_floats(g, item->gradient, item->grad_format, g_begin + i, share);
-            adam8_moments(m, v, largest, maps, task, absmax, g, begin + i, share);
+            load_floats(g, item->gradient, item->grad_format, row * item->gradient_row_stride + at, share);
+            adam8_moments(m, v, largest, maps, task, absmax, g, first, share);
             if (pass == 1) {
                 team_maxima(largest);
-                adam8_finish(g, maps, task, m, v, largest, begin + i, share);
-                store_floats(item->normalised, item->normalised_format, n_begin + i, g, share);
+                adam8_finish(g, maps, task, m, v, largest, first, share);
+                const int64_t to = row * item->normalised_row_stride + at;
+                store_floats(item->normalised, item->normalised_format, to, g, share);
             }
         }
     }
@@ -197,7 +200,7 @@ static __device__ inline void adam_piece(const struct adam_item *item, int64_t r
     store_floats(item->normalised, item->normalised_format, row * item->normalised_row_stride + i, g, share);
 }
 
-static __global__ void __launch_bounds__(THREADS) adam_kernel(struct adam_list list) {
+static __global__ void __launch_bounds__(THREADS, 2) adam_kernel(struct adam_list list) {
     __shared__ struct maps maps;
     copy_map(&maps.m, &qg_dynamic_signed);
     copy_map(&maps.v, &qg_dynamic_unsigned);
@@ -210,7 +213,7 @@ static __global__ void __launch_bounds__(THREADS) adam_kernel(struct adam_list l
         const int64_t k = unit_of_item(list.end, i, unit), row = quotient(k, item->row_units);
         if (item->moments.format == QG_DYNAMIC8) {
             const int64_t col = (k - row * item->row_units) * item->moments.block;
-            adam8_block(item, &maps, row, col, smaller(item->moments.block, item->cols - col));
+            adam8_block(item, &maps, row, col, (uint32_t)smaller(item->moments.block, item->cols - col));
         } else {
             adam_piece(item, row, (k - row * item->row_units) * PIECE);
         }
@@ -336,7 +339,7 @@ static __device__ inline void adam_update_piece(
     }
 }
 
-static __global__ void __launch_bounds__(THREADS) adam_update_kernel(struct adam_update_list list) {
+static __global__ void __launch_bounds__(THREADS, 2) adam_update_kernel(struct adam_update_list list) {
     __shared__ struct maps maps;
     __shared__ float kept[TEAMS][PIECE];
     copy_map(&maps.m, &qg_dynamic_signed);

@@ -308,6 +308,46 @@ static __device__ inline void store_float32(float *to, const float x[SHARE], int
     }
 }
 
+/* A quarter of a share, of which n elements are left: where 16 of each array would take too many registers. */
+static __device__ inline int is_whole_four(const void *address, int n) {
+    return n >= 4 && ((uintptr_t)address & 15) == 0;
+}
+
+static __device__ inline void load_four(float x[4], const float *from, int n) {
+    if (is_whole_four(from, n)) {
+        uint32_t bits[4];
+        load_words(bits, from);
+        x[0] = qg_float(bits[0]);
+        x[1] = qg_float(bits[1]);
+        x[2] = qg_float(bits[2]);
+        x[3] = qg_float(bits[3]);
+        return;
+    }
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        x[i] = 0;
+        if (i < n) {
+            emulator_note_load(from + i, 4);
+            x[i] = from[i];
+        }
+    }
+}
+
+static __device__ inline void store_four(float *to, const float x[4], int n) {
+    if (is_whole_four(to, n)) {
+        const uint32_t bits[4] = {qg_bits(x[0]), qg_bits(x[1]), qg_bits(x[2]), qg_bits(x[3])};
+        store_words(to, bits);
+        return;
+    }
+    UNROLL
+    for (int i = 0; i < 4; i++) {
+        if (i < n) {
+            emulator_note_store(to + i, 4);
+            to[i] = x[i];
+        }
+    }
+}
+
 /* source[i] as float32, from FLOAT32, BFLOAT16 or FLOAT16. */
 static __device__ inline float load_float(const void *source, qg_format format, int64_t i) {
     if (format == QG_FLOAT32) {
