@@ -207,6 +207,7 @@ QG_EXPORT void qg_cuda_end(qg_cuda *cuda) {
     cuda->stream = NULL;
     cuda->workspace = NULL;
     cuda->workspace_size = 0;
+    qg_libraries_restart(cuda);
     qg_cuda_leave(cuda, cuda->device_before);
 }
 
