@@ -224,7 +224,7 @@ static void test_triangles(int64_t n) {
 }
 
 /* q q^T = I and a = T q with T lower triangular, its diagonal >= 0. `dead`: a row of zeros, -1 for none; where it is
- * `rows`, they are small multiples of the first, and what is left of one after each reflection is rounding of the rounding before. */
+ * `rows`, they are small multiples of the first, and what is left after each reflection is rounding of rounding. */
 static void test_qr(int64_t rows, int64_t cols, int64_t dead) {
     float *a = device_floats(rows * cols), *q = device(NULL, (size_t)(rows * cols) * sizeof(float));
     void *work = work_for(rows, cols);
