@@ -77,13 +77,6 @@ def torch_version() -> str:
         return "unknown"
 
 
-def cuda_include_flags() -> list[str]:
-    """cuBLAS and cuSOLVER headers from NVIDIA's Python packages; the toolkit may lack them."""
-    spec = importlib.util.find_spec("nvidia")
-    places = [Path(p) / "cu13/include" for p in (spec.submodule_search_locations or [])] if spec else []
-    return [flag for place in places if (place / "cusolverDn.h").exists() for flag in ("-isystem", str(place))]
-
-
 def find_nvcc() -> str | None:
     """The compiler for .cu files, from PATH or the toolkit's folder."""
     under_home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc")
@@ -97,7 +90,7 @@ def nvcc_command(nvcc: str, source: str, archs: list[str]) -> list[str]:
         sys.exit(f"Q_GALORE_CUDA_ARCHS must be compute capabilities like 80 90, got {' '.join(wrong) or 'nothing'}")
     host = [*NVCC_HOST_FLAGS, *WERROR]
     if source.endswith(".c"):
-        return [nvcc, "-O3", "-Icsrc", *cuda_include_flags(), "-Xcompiler", ",".join([*host, *C_FLAGS])]
+        return [nvcc, "-O3", "-Icsrc", "-Xcompiler", ",".join([*host, *C_FLAGS])]
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     warnings = ["-Werror", "all-warnings"] if WERROR else []

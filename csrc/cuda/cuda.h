@@ -24,6 +24,7 @@ struct qg_cuda {
     cudaStream_t stream;
     void *workspace; /* cuBLAS' */
     size_t workspace_size;
+    cudaEvent_t done;               /* the end of what was begun last, in its stream */
     float *numbers;                 /* device memory for a few numbers of a kernel that the host waits for */
     qg_status status;               /* of the first call that failed since it was asked for, */
     char message[512];              /* and its sentence */

@@ -77,15 +77,17 @@ int qg_cuda_good(qg_cuda *cuda, cudaError_t error, const char *what) {
     return 0;
 }
 
-int qg_cuda_may_wait(qg_cuda *cuda, const char *what) {
+/* The default stream never is. */
+static int is_captured(qg_cuda *cuda) {
     enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    if (cuda->stream == NULL) { /* the default stream is never captured */
-        return cuda->status == QG_SUCCESS;
+    if (cuda->stream != NULL) {
+        qg_cuda_good(cuda, cudaStreamIsCapturing(cuda->stream, &capture), "cudaStreamIsCapturing");
     }
-    if (!qg_cuda_good(cuda, cudaStreamIsCapturing(cuda->stream, &capture), "cudaStreamIsCapturing")) {
-        return 0;
-    }
-    if (capture != cudaStreamCaptureStatusNone) {
+    return capture != cudaStreamCaptureStatusNone;
+}
+
+int qg_cuda_may_wait(qg_cuda *cuda, const char *what) {
+    if (is_captured(cuda)) {
         qg_cuda_fail(
             cuda, QG_UNSUPPORTED, "%s cannot be captured in a CUDA graph: call it outside of the capture", what);
     }
@@ -184,6 +186,8 @@ void qg_cuda_leave(qg_cuda *cuda, int before) {
     }
 }
 
+/* Kernels leave numbers in one place of the GPU's, and so may the libraries: what comes in another stream waits for what
+ * has gone before. In a capture it cannot. */
 QG_EXPORT qg_status qg_cuda_begin(qg_cuda *cuda, void *stream, void *workspace, size_t workspace_size) {
     cuda->status = QG_SUCCESS;
     cuda->message[0] = '\0';
@@ -197,6 +201,14 @@ QG_EXPORT qg_status qg_cuda_begin(qg_cuda *cuda, void *stream, void *workspace, 
         return qg_cuda_take(cuda);
     }
     cuda->stream = stream;
+    if (!is_captured(cuda)) {
+        qg_cuda_good(cuda, cudaStreamWaitEvent(stream, cuda->done, 0), "cudaStreamWaitEvent");
+    }
+    if (cuda->status != QG_SUCCESS) {
+        cuda->stream = NULL;
+        qg_cuda_leave(cuda, cuda->device_before);
+        return qg_cuda_take(cuda);
+    }
     cuda->workspace = workspace;
     cuda->workspace_size = workspace_size;
     qg_libraries_restart(cuda);
@@ -204,9 +216,13 @@ QG_EXPORT qg_status qg_cuda_begin(qg_cuda *cuda, void *stream, void *workspace, 
 }
 
 QG_EXPORT void qg_cuda_end(qg_cuda *cuda) {
+    if (!is_captured(cuda)) {
+        qg_cuda_good(cuda, cudaEventRecord(cuda->done, cuda->stream), "cudaEventRecord");
+    }
     cuda->stream = NULL;
     cuda->workspace = NULL;
     cuda->workspace_size = 0;
+    qg_libraries_restart(cuda);
     qg_cuda_leave(cuda, cuda->device_before);
 }
 
@@ -233,6 +249,7 @@ static void set_up(qg_cuda *cuda) {
     if (qg_cuda_good(
             cuda, cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, cuda->device),
             "cudaDeviceGetAttribute") &&
+        qg_cuda_good(cuda, cudaEventCreateWithFlags(&cuda->done, cudaEventDisableTiming), "cudaEventCreateWithFlags") &&
         qg_cuda_good(cuda, cudaMalloc((void **)&cuda->numbers, NUMBERS_BYTES), "cudaMalloc")) {
         try_kernel(cuda);
     }
@@ -293,9 +310,10 @@ QG_EXPORT void qg_cuda_close(qg_cuda *cuda) {
     }
     int before = 0;
     cuda->status = QG_SUCCESS;
-    if ((cuda->numbers != NULL || cuda->libraries != NULL) && qg_cuda_enter(cuda, &before)) {
+    if (cuda->done != NULL && qg_cuda_enter(cuda, &before)) {
         qg_libraries_close(cuda);
         cudaFree(cuda->numbers);
+        cudaEventDestroy(cuda->done);
         qg_cuda_leave(cuda, before);
     }
     free(cuda);

@@ -18,9 +18,19 @@ static const library CUBLAS = {"cuBLAS", "Q_GALORE_CUBLAS", "nvidia-cublas", {"l
 static const library CUSOLVER = {
     "cuSOLVER", "Q_GALORE_CUSOLVER", "nvidia-cusolver", {"libcusolver.so.12", "libcusolver.so.11"}};
 
-static void *open_named(const library *wanted, int flags) {
-    void *handle = dlopen(wanted->names[0], flags);
-    return handle != NULL ? handle : dlopen(wanted->names[1], flags);
+/* The copy that the process has, else the first that the loader finds; *reason is its words for the newer one. */
+static void *open_named(const library *wanted, char *reason, size_t size) {
+    void *handle = NULL;
+    for (int i = 0; handle == NULL && i < 2; i++) {
+        handle = dlopen(wanted->names[i], RTLD_NOW | RTLD_NOLOAD);
+    }
+    for (int i = 0; handle == NULL && i < 2; i++) {
+        handle = dlopen(wanted->names[i], RTLD_NOW | RTLD_LOCAL);
+        if (handle == NULL && i == 0) {
+            snprintf(reason, size, "%s", dlerror());
+        }
+    }
+    return handle;
 }
 
 static void *open_library(qg_cuda *cuda, const library *wanted) {
@@ -33,15 +43,12 @@ static void *open_library(qg_cuda *cuda, const library *wanted) {
         }
         return handle;
     }
-    void *handle = open_named(wanted, RTLD_NOW | RTLD_NOLOAD);
+    char reason[256] = "";
+    void *handle = open_named(wanted, reason, sizeof reason);
     if (handle == NULL) {
-        handle = open_named(wanted, RTLD_NOW | RTLD_LOCAL);
-    }
-    if (handle == NULL) {
-        const char *reason = dlerror();
         qg_cuda_fail(
             cuda, QG_UNSUPPORTED, "%s was not found: pip install %s, or set %s to the path of %s; %s", wanted->title,
-            wanted->package, wanted->variable, wanted->names[0], reason != NULL ? reason : "no reason was given");
+            wanted->package, wanted->variable, wanted->names[0], reason);
     }
     return handle;
 }

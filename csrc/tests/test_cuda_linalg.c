@@ -223,11 +223,14 @@ static void test_triangles(int64_t n) {
     emulated_release();
 }
 
-/* q q^T = I and a = T q with T lower triangular, its diagonal >= 0. */
+/* q q^T = I and a = T q with T lower triangular, its diagonal >= 0. `dead`: a row of zeros, -1 for none; where it is
+ * `rows`, they are small multiples of the first, and what is left after each reflection is rounding of rounding. */
 static void test_qr(int64_t rows, int64_t cols, int64_t dead) {
     float *a = device_floats(rows * cols), *q = device(NULL, (size_t)(rows * cols) * sizeof(float));
     void *work = work_for(rows, cols);
-    if (dead >= 0)
+    for (int64_t i = 0; dead == rows && i < rows * cols; i++)
+        a[i] = i % cols != 0 ? a[i - 1] : i == 0 ? -0.1f : 1e-26f * a[i];
+    if (dead >= 0 && dead < rows)
         memset(a + dead * cols, 0, (size_t)cols * sizeof(float));
     float *before = malloc((size_t)(rows * cols) * sizeof(float));
     memcpy(before, a, (size_t)(rows * cols) * sizeof(float));
@@ -429,11 +432,6 @@ static void test_placing(void) {
             blas.calls("cublasSetStream_v2") == streams + 1 && blas.calls("cublasSetWorkspace_v2") == workspaces + 1,
             "stream and workspace were not set once");
     }
-    void *workspace = device(NULL, WORKSPACE);
-    CHECK(qg_cuda_begin(other, NULL, workspace, WORKSPACE) == QG_SUCCESS, "%s", qg_cuda_error(other));
-    CHECK(multiply(other, a) == QG_CUDA, "the stand-in takes the default stream");
-    EXPECT_FAILURE(other, QG_CUDA, "cuBLAS: cublasGemmEx failed: an internal operation failed (14)");
-    qg_cuda_end(other);
     qg_cuda_close(other);
     emulated_release();
 }
@@ -536,6 +534,8 @@ int main(void) {
         test_qr(sizes[i], sizes[i], -1);
         test_qr(sizes[i], sizes[i] + 13, sizes[i] / 2);
     }
+    for (int i = 0; i < 8; i++)
+        test_qr(16, 96, 16);
     test_factorisations_refused();
     static const int64_t shapes[][2] = {{1, 1}, {1, 5}, {5, 1}, {6, 6}, {9, 4}, {4, 9}, {31, 20}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {

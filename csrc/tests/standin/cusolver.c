@@ -224,6 +224,27 @@ static void reflect(double *x, const double *tail, double tau, int64_t count) {
     }
 }
 
+/* x becomes (beta, tail) with (I - tau v v^T) x = (beta, 0, ..). Returns tau. What is left of rows that depend on others
+ * gets smaller from row to row, without end: its squares underflow, so it is scaled first, as LAPACK does. */
+static double reflector(double *x, int64_t count) {
+    double largest = 0.0;
+    for (int64_t i = 0; i < count; i++) {
+        largest = fmax(largest, fabs(x[i]));
+    }
+    if (largest == 0.0) {
+        return 0.0;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        x[i] /= largest;
+    }
+    const double norm = sqrt(dot(x, x, count)), beta = x[0] > 0.0 ? -norm : norm, first = x[0];
+    for (int64_t i = 1; i < count; i++) {
+        x[i] /= first - beta;
+    }
+    x[0] = beta * largest;
+    return (beta - first) / beta;
+}
+
 unsigned cusolverDnSgeqrf(
     qg_solver handle,
     int m,
@@ -243,17 +264,9 @@ unsigned cusolverDnSgeqrf(
     REQUIRE(w != NULL, ALLOC_FAILED);
     for (int j = 0; j < n; j++) {
         double *x = w + j + (int64_t)j * m;
-        const double norm = sqrt(dot(x, x, m - j)), beta = x[0] > 0.0 ? -norm : norm, first = x[0];
-        double t = 0.0;
-        if (norm > 0.0 && first != beta) {
-            t = (beta - first) / beta;
-            for (int i = 1; i < m - j; i++) {
-                x[i] /= first - beta;
-            }
-            x[0] = beta;
-            for (int k = j + 1; k < n; k++) {
-                reflect(w + j + (int64_t)k * m, x + 1, t, m - j);
-            }
+        const double t = reflector(x, m - j);
+        for (int k = j + 1; k < n; k++) {
+            reflect(w + j + (int64_t)k * m, x + 1, t, m - j);
         }
         tau[j] = (float)t;
     }
