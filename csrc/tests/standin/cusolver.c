@@ -245,7 +245,8 @@ unsigned cusolverDnSgeqrf(
         double *x = w + j + (int64_t)j * m;
         const double norm = sqrt(dot(x, x, m - j)), beta = x[0] > 0.0 ? -norm : norm, first = x[0];
         double t = 0.0;
-        if (norm > 0.0 && first != beta) {
+        /* What exactly dependent columns leave gets smaller with each of them, until its squares are none. */
+        if (norm > 1e-100 && first != beta) {
             t = (beta - first) / beta;
             for (int i = 1; i < m - j; i++) {
                 x[i] /= first - beta;
