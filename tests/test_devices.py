@@ -28,7 +28,7 @@ def step(model: nn.Module, optimizer: qg.QGaLoreAdamW8bit) -> None:
 
 
 def places(optimizer: qg.QGaLoreAdamW8bit) -> dict[str, set[str]]:
-    """The devices of each tensor of the leaves' states: torch itself replaces an ordinary parameter on its way to meta."""
+    """The devices of each tensor of the leaves' states (on the way to meta torch replaces ordinary parameters)."""
     found: dict[str, set[str]] = {}
     for state in (state for state in optimizer.state.values() if "number" in state):
         for key, value in state.items():
