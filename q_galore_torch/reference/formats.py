@@ -25,7 +25,7 @@ def philox_4x32_10(counter: list[int], key: list[int]) -> list[int]:
 
 
 def noise(
-    seed: int, id: int, step: int, start: int, count: int, *, device: torch.device | str | None = "cpu"
+    seed: int, id: int, step: int, start: int, count: int, *, device: torch.device | str | None = None
 ) -> Tensor:
     """The 24-bit uniform integers of elements ``start .. start + count`` of parameter ``id`` in its step ``step``.
 
