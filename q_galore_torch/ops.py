@@ -77,9 +77,7 @@ def cuda_version() -> str:
 # ---------------------------------------------------------------- formats
 
 
-def noise(
-    seed: int, id: int, step: int, start: int, count: int, *, device: torch.device | str | None = None
-) -> Tensor:
+def noise(seed: int, id: int, step: int, start: int, count: int, *, device: torch.device | str | None = None) -> Tensor:
     """The 24-bit uniform integers of elements ``start .. start + count``.
 
     Args:

@@ -270,7 +270,7 @@ class QGaLoreAdamW8bit(Optimizer):
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a step of QGaLoreAdamW8bit cannot be captured in a CUDA graph, which would replay its step counts, "
-                "rates and rounding noise: capture forward and backward, and call step() after the replay"
+                "rates and rounding noise: call step() outside of the capture"
             )
         options.check_settings(self.param_groups)
         self._adopt()
