@@ -77,9 +77,7 @@ def cuda_version() -> str:
 # ---------------------------------------------------------------- formats
 
 
-def noise(
-    seed: int, id: int, step: int, start: int, count: int, *, device: torch.device | str | None = "cpu"
-) -> Tensor:
+def noise(seed: int, id: int, step: int, start: int, count: int, *, device: torch.device | str | None = None) -> Tensor:
     """The 24-bit uniform integers of elements ``start .. start + count``.
 
     Args:
@@ -88,7 +86,7 @@ def noise(
         step: step of that parameter, >= 0.
         start: first flat element index.
         count: how many.
-        device: where they are made, default the CPU.
+        device: where they are made, default torch's default device.
 
     Returns:
         int32 tensor [count], each in [0, 2**24): a function of the arguments alone, the same on every device.
@@ -440,7 +438,7 @@ def subspace_refresh(
 
 
 def subspace_random(
-    rank: int, dim: int, seed: int, id: int, draw: int, *, device: torch.device | str | None = "cpu"
+    rank: int, dim: int, seed: int, id: int, draw: int, *, device: torch.device | str | None = None
 ) -> Tensor:
     """A seeded random orthonormal basis.
 
@@ -450,7 +448,7 @@ def subspace_random(
         seed: any 64-bit integer.
         id: number of the parameter, 32 bits.
         draw: which of this parameter's bases, 32 bits.
-        device: where it is made, default the CPU.
+        device: where it is made, default torch's default device.
 
     Returns:
         float32 [rank, dim]. The numbers drawn are the same bits everywhere; the basis is, on one machine and device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,11 +20,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(**options: Any) -> tuple[nn.Sequential, qg.QGaLoreAdamW8bit]:
+def build(gap: int = 4, **options: Any) -> tuple[nn.Sequential, qg.QGaLoreAdamW8bit]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64), nn.LayerNorm(64), nn.Linear(64, 5))
     qg.prepare_model(model, rank=8, target_modules=["0", "2"], **options)
-    groups = qg.param_groups(model, rank=8, update_proj_gap=4, norm_growth_limit=1.05)
+    groups = qg.param_groups(model, rank=8, update_proj_gap=gap, norm_growth_limit=1.05)
     return model, qg.QGaLoreAdamW8bit(groups, lr=0.01, min_8bit_size=64)
 
 
@@ -102,6 +103,27 @@ def check_waits(gpu: Emulated) -> None:
     print(f"launches in a step: {launches[0]}")
 
 
+def check_flags(gpu: Emulated) -> None:
+    """A gradient that is not finite: its layer is left alone, the others are updated, and the host hears of it."""
+    gpu.use()
+    model, optimizer = build(gap=1000)
+    train(model, optimizer, 11)
+    layer, before = model[2], {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    model(torch.randn(32, 64, generator=generator)).square().mean().backward()
+    layer.leaf.grad[3, 5] = math.nan
+    gpu.forget_counts()
+    optimizer.step()
+    assert gpu.waits() == 0
+    after = model.state_dict()
+    unchanged = {name for name, value in before.items() if value.equal(after[name])}
+    assert {"2.qweight", "2.scales", "2.zeros"} <= unchanged and "0.qweight" not in unchanged
+    try:
+        optimizer.check()
+    except qg.NonFiniteGradientError as error:
+        print(error)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     gpu = Emulated()
@@ -110,6 +132,7 @@ def main() -> None:
         check_training(gpu, **options)
         print(f"{name}: as on the CPU")
     check_waits(gpu)
+    check_flags(gpu)
 
 
 if __name__ == "__main__":

@@ -60,3 +60,4 @@ def test_ops_and_layers_pass_their_own_tests() -> None:
 def test_training_is_that_of_the_cpu_and_waits_for_nothing() -> None:
     printed = run("tests/emulated_program.py")
     assert printed.count("as on the CPU") == 4 and "launches in a step" in printed
+    assert "the gradient of 2.coordinates is not finite; its step 11 left it alone and updated the others" in printed

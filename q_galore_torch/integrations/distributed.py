@@ -142,8 +142,13 @@ def check_replicas(parameters: list[tuple[Any, str, dict[str, Any]]], states: Ma
 
 
 def _line(parameter: Tensor, name: str, group: dict[str, Any], state: dict[str, Any]) -> str:
-    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    options = {key: _number(value) for key, value in group.items() if key not in ("params", "param_names")}
     return f"{name} with id {state['id']}, shape {list(parameter.shape)}, step {state['step']}, {options}"
+
+
+def _number(value: Any) -> Any:
+    """A rate or norm that is a tensor, as a number: the text of a tensor names its device."""
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _refuse_unprepared(leaves: list[tuple[Any, str]]) -> None:

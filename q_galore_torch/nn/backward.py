@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from q_galore_torch.nn.activations import cheaper_full
-from q_galore_torch.nn.leaf import numbered
+from q_galore_torch.nn.leaf import numbered, refuse_elsewhere
 from q_galore_torch.subspace import FULL, LEFT, RIGHT
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def lent(layer: QGaLoreLinear) -> Binding:
             f"the low-rank backward of {layer.label or 'a QGaLoreLinear'} needs the optimizer's projector; "
             "create QGaLoreAdamW8bit(param_groups(model, ...)) before the first backward"
         )
+    refuse_elsewhere(layer.label or "a QGaLoreLinear", layer.leaf.device, layer.leaf.binding.codes.device)
     return layer.leaf.binding
 
 

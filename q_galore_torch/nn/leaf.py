@@ -244,6 +244,15 @@ def layer_of(leaf: ZeroLeaf) -> QGaLoreLinear | None:
     return _layers.get(leaf.uid)
 
 
+def refuse_elsewhere(name: str, device: torch.device, state_device: torch.device) -> None:
+    """Raise RuntimeError where a parameter was moved and its state was not."""
+    if device != state_device:
+        raise RuntimeError(
+            f"{name} is on {device} and its optimizer state on {state_device}: make the optimizer after "
+            "model.to(device), or let the state follow with opt.load_state_dict(opt.state_dict())"
+        )
+
+
 def numbered(uid: int) -> QGaLoreLinear:
     """The layer of a number.
 

@@ -172,10 +172,12 @@ def _copied(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """The numbers on the host, and when they are there; None: now."""
     if numbers.device.type != "cuda":
         return numbers.cpu(), None
+    stream = torch.cuda.current_stream(numbers.device)
     host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     host.copy_(numbers, non_blocking=True)
+    numbers.record_stream(stream)  # a hook of a backward pass may have made them on another
     event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(numbers.device))
+    event.record(stream)
     return host, event
 
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from q_galore_torch import ops
 from q_galore_torch.integrations.distributed import check_replicas, reduce_stashes
 from q_galore_torch.nn.binding import Binding
-from q_galore_torch.nn.leaf import ZeroLeaf, bind, check_untouched, layer_of
+from q_galore_torch.nn.leaf import ZeroLeaf, bind, check_untouched, layer_of, refuse_elsewhere
 from q_galore_torch.optim import options, schedule
 from q_galore_torch.optim.finite import Unread, asynchronous, keep_finite
 from q_galore_torch.optim.state import (
@@ -270,7 +270,7 @@ class QGaLoreAdamW8bit(Optimizer):
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "a step of QGaLoreAdamW8bit cannot be captured in a CUDA graph, which would replay its step counts, "
-                "rates and rounding noise: capture forward and backward, and call step() after the replay"
+                "rates and rounding noise: call step() outside of the capture"
             )
         options.check_settings(self.param_groups)
         self._adopt()
@@ -288,6 +288,7 @@ class QGaLoreAdamW8bit(Optimizer):
             )
         shapes = projection_of(state) if group["rank"] is not None else None
         target = target_of(parameter, name)
+        refuse_elsewhere(name, target.weight.device, state["exp_avg"].device)
         gradient = checked_gradient(parameter, name, shapes, target.low_rank)
         return Work(parameter, name, group, state, target, gradient, shapes)
 

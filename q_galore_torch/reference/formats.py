@@ -24,9 +24,7 @@ def philox_4x32_10(counter: list[int], key: list[int]) -> list[int]:
     return c
 
 
-def noise(
-    seed: int, id: int, step: int, start: int, count: int, *, device: torch.device | str | None = "cpu"
-) -> Tensor:
+def noise(seed: int, id: int, step: int, start: int, count: int, *, device: torch.device | str | None = None) -> Tensor:
     """The 24-bit uniform integers of elements ``start .. start + count`` of parameter ``id`` in its step ``step``.
 
     A key for each 2**32 elements comes from Philox-4x32-10 with key ``seed`` and counter (id, step, element >> 32); the

@@ -107,7 +107,7 @@ def subspace_refresh(
 
 
 def subspace_random(
-    rank: int, dim: int, seed: int, id: int, draw: int, *, device: torch.device | str | None = "cpu"
+    rank: int, dim: int, seed: int, id: int, draw: int, *, device: torch.device | str | None = None
 ) -> Tensor:
     """Sums of four 24-bit uniform integers, less their mean, orthonormalised (here in float64)."""
     drawn = noise(seed, id, 2**63 + draw, 0, 4 * rank * dim).reshape(rank, dim, 4).sum(2, dtype=torch.int64)
