@@ -59,33 +59,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=f"for the CPU alone: {reason}"))
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where the tests make their tensors: cpu (default) or cuda")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    device = torch.device(config.getoption("--device"))
-    if device.type == "cpu":
-        return
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError(f"--device {device}: torch {torch.__version__} finds no usable GPU")
-    from q_galore_torch import reference
-
-    # Collection makes tensors, too: the mode stays on until the process ends.
-    mode = Elsewhere(device)
-    mode.__enter__()
-    for name in reference.__all__:
-        setattr(reference, name, on_cpu(getattr(reference, name), mode))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.device(config.getoption("--device")).type != "cpu":
-        for item in items:
-            reason = CPU_ONLY.get(item.name.partition("[")[0])
-            if reason is not None:
-                item.add_marker(pytest.mark.skip(reason=f"for the CPU alone: {reason}"))
-
-
 def pytest_report_header() -> list[str]:
     """Which extension is tested, and with which kernels."""
     from q_galore_torch import _C, ops
