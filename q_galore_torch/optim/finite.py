@@ -172,7 +172,7 @@ def _copied(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """The numbers on the host, and when they are there; None: now."""
     if numbers.device.type != "cuda":
         return numbers.cpu(), None
-    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
     host.copy_(numbers, non_blocking=True)
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(numbers.device))
