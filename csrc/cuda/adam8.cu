@@ -153,7 +153,7 @@ struct adam_item {
     qg_format normalised_format;
 };
 
-enum { ADAM_ITEMS = 20 };
+enum { ADAM_ITEMS = LIST_BYTES / (sizeof(struct adam_item) + sizeof(int64_t)) };
 
 struct adam_list {
     int64_t end[ADAM_ITEMS];
@@ -272,7 +272,7 @@ struct adam_update_item {
     int32_t unit; /* elements of a team: at most one block, one group, a piece */
 };
 
-enum { ADAM_UPDATE_ITEMS = 16 };
+enum { ADAM_UPDATE_ITEMS = LIST_BYTES / (sizeof(struct adam_update_item) + sizeof(int64_t)) };
 
 struct adam_update_list {
     int64_t end[ADAM_UPDATE_ITEMS];

@@ -19,7 +19,7 @@ struct update_item {
     qg_format u_format;
 };
 
-enum { UPDATE_ITEMS = 20 };
+enum { UPDATE_ITEMS = LIST_BYTES / (sizeof(struct update_item) + sizeof(int64_t)) };
 
 struct update_list {
     int64_t end[UPDATE_ITEMS];
