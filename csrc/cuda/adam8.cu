@@ -153,7 +153,7 @@ struct adam_item {
     qg_format normalised_format;
 };
 
-enum { ADAM_ITEMS = 20 };
+enum { ADAM_ITEMS = LIST_BYTES / (sizeof(struct adam_item) + sizeof(int64_t)) };
 
 struct adam_list {
     int64_t end[ADAM_ITEMS];
@@ -200,12 +200,14 @@ static __device__ inline void adam_piece(const struct adam_item *item, int64_t r
     store_floats(item->normalised, item->normalised_format, row * item->normalised_row_stride + i, g, share);
 }
 
+/* Two blocks on a multiprocessor: m, v and N of 16 elements and what encodes them do not fit in 80 registers. */
 static __global__ void __launch_bounds__(THREADS, 2) adam_kernel(struct adam_list list) {
     __shared__ struct maps maps;
     copy_map(&maps.m, &qg_dynamic_signed);
     copy_map(&maps.v, &qg_dynamic_unsigned);
+    int i = 0;
     for (int64_t unit = first_unit(); unit < list.end[ADAM_ITEMS - 1]; unit += unit_stride()) {
-        const int i = item_of(list.end, unit);
+        i = later_item(list.end, i, unit);
         const struct adam_item *item = &list.item[i];
         if (!gradient_is_good(item->gradient_absmax)) {
             continue;
@@ -270,7 +272,7 @@ struct adam_update_item {
     int32_t unit; /* elements of a team: at most one block, one group, a piece */
 };
 
-enum { ADAM_UPDATE_ITEMS = 16 };
+enum { ADAM_UPDATE_ITEMS = LIST_BYTES / (sizeof(struct adam_update_item) + sizeof(int64_t)) };
 
 struct adam_update_list {
     int64_t end[ADAM_UPDATE_ITEMS];
@@ -344,8 +346,9 @@ static __global__ void __launch_bounds__(THREADS, 2) adam_update_kernel(struct a
     __shared__ float kept[TEAMS][PIECE];
     copy_map(&maps.m, &qg_dynamic_signed);
     copy_map(&maps.v, &qg_dynamic_unsigned);
+    int i = 0;
     for (int64_t unit = first_unit(); unit < list.end[ADAM_UPDATE_ITEMS - 1]; unit += unit_stride()) {
-        const int i = item_of(list.end, unit);
+        i = later_item(list.end, i, unit);
         const struct adam_update_item *item = &list.item[i];
         if (!gradient_is_good(item->gradient_absmax)) {
             continue;

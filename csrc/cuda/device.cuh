@@ -34,6 +34,7 @@ enum {
     TEAMS = THREADS / TEAM,
     SHARE = 16,           /* consecutive elements of one thread */
     PIECE = TEAM * SHARE, /* elements that a team holds in registers */
+    LIST_BYTES = 4000,    /* of a kernel's argument, of which older drivers take 4096 */
 };
 
 /* ---------------------------------------------------------------- sizes */
@@ -121,15 +122,19 @@ static __device__ inline void copy_map(qg_dynamic_map *to, const qg_dynamic_map 
 
 /* ---------------------------------------------------------------- lists
  *
- * One launch works on as many items as fit in its argument. Item i has the units up to end[i], the last item's included;
- * the item of a unit is found by going along the ends. */
+ * One launch works on as many items as fit, with their ends, in LIST_BYTES of argument. Item i has the units up to
+ * end[i], the last item's included; the item of a unit is found by going along the ends. */
 
-static __device__ inline int item_of(const int64_t *end, int64_t unit) {
-    int item = 0;
+/* A team's units ascend: its next one is of the same item or of a later one. */
+static __device__ inline int later_item(const int64_t *end, int item, int64_t unit) {
     while (unit >= end[item]) {
         item++;
     }
     return item;
+}
+
+static __device__ inline int item_of(const int64_t *end, int64_t unit) {
+    return later_item(end, 0, unit);
 }
 
 /* The unit's number within its item. */

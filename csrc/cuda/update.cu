@@ -19,7 +19,7 @@ struct update_item {
     qg_format u_format;
 };
 
-enum { UPDATE_ITEMS = 20 };
+enum { UPDATE_ITEMS = LIST_BYTES / (sizeof(struct update_item) + sizeof(int64_t)) };
 
 struct update_list {
     int64_t end[UPDATE_ITEMS];
@@ -58,19 +58,22 @@ static __device__ inline void int8_update_group(const struct update_item *item, 
     }
 }
 
-static __global__ void __launch_bounds__(THREADS, 4) update_kernel(struct update_list list) {
+/* Three blocks on a multiprocessor, 80 registers: with 64 the newest GPUs would spill some. */
+static __global__ void __launch_bounds__(THREADS, 3) update_kernel(struct update_list list) {
+    int i = 0;
     for (int64_t unit = first_unit(); unit < list.end[UPDATE_ITEMS - 1]; unit += unit_stride()) {
-        const int i = item_of(list.end, unit);
+        i = later_item(list.end, i, unit);
         const struct update_item *item = &list.item[i];
         if (!gradient_is_good(item->gradient_absmax)) {
             continue;
         }
-        const int64_t size = item->weight.format == QG_INT8 ? item->weight.group : PIECE;
-        const int64_t offset = unit_of_item(list.end, i, unit) * size, n = smaller(size, item->count - offset);
+        const int64_t k = unit_of_item(list.end, i, unit);
         if (item->weight.format == QG_INT8) {
-            int8_update_group(item, quotient(item->first + offset, size), (uint32_t)n);
+            const int32_t size = item->weight.group;
+            const uint32_t n = (uint32_t)smaller(size, item->count - k * size);
+            int8_update_group(item, quotient(item->first, size) + k, n);
         } else {
-            const int64_t from = offset + team_rank() * SHARE;
+            const int64_t from = k * PIECE + team_rank() * SHARE;
             const int share = share_of(item->count - from);
             float u[SHARE];
             load_floats(u, item->u, item->u_format, from, share);

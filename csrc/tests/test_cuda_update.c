@@ -157,7 +157,7 @@ static void random_item(sample *s, qg_update_item *want, qg_update_item *got) {
     }
 }
 
-enum { ITEMS = 47 }; /* more than two launches hold */
+enum { ITEMS = 57 }; /* more than two launches hold */
 static int64_t shifted, reranged, flagged;
 
 /* base: where the weights begin to exist. */
@@ -227,6 +227,29 @@ static void test_update_traffic(void) {
     }
 }
 
+/* A list of small weights is a few launches. */
+static void test_launches(void) {
+    static const float u = 1;
+    float *weights = emulated_poisoned(ITEMS * 4, 0);
+    memset(weights, 0, ITEMS * 4);
+    qg_weight weight[ITEMS];
+    qg_update_item items[ITEMS];
+    for (int i = 0; i < ITEMS; i++) {
+        weight[i] = (qg_weight){.data = weights + i, .rows = 1, .cols = 1, .format = QG_FLOAT32};
+        items[i] = (qg_update_item){.weight = &weight[i], .count = 1, .u_format = QG_FLOAT32};
+        items[i].u = emulated_copy(&u, 4, 0);
+        items[i].coefficients = (qg_update_coefficients){1, 0, 1, 0};
+    }
+    emulator_check_races(0);
+    emulator_reset_counts();
+    emulated_table()->update(items, ITEMS, emulated_table()->queue);
+    emulator_check_races(1);
+    CHECK(emulator_count(NULL).launches <= 3, "%lld launches", (long long)emulator_count(NULL).launches);
+    for (int i = 0; i < ITEMS; i++)
+        CHECK(weights[i] == -1, "weight %d is %g", i, (double)weights[i]);
+    emulated_release();
+}
+
 /* ---------------------------------------------------------------- encode and decode */
 
 /* Spread values, constants, zeros, the largest and the least. */
@@ -282,6 +305,7 @@ int main(void) {
     }
     test_list(0, 0, "update of nothing");
     test_update_traffic();
+    test_launches();
     CHECK(
         shifted > 100 && reranged > 1000 && flagged > 100, "%lld shifted, %lld re-ranged, %lld flagged",
         (long long)shifted, (long long)reranged, (long long)flagged);
