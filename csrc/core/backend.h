@@ -131,7 +131,7 @@ struct qg_backend {
     size_t batch_bytes;
     size_t tile_bytes;
 
-    /* How many chunks of float32 adam_update's scratch holds. */
+    /* How many chunks adam_update works on at a time. */
     int64_t (*chunks)(void *queue);
 
     /* What has failed since it was asked last, and the sentence; NULL: nothing can fail. */
@@ -222,7 +222,7 @@ struct qg_backend {
     void (*adam)(const qg_adam_item *items, int64_t count, void *queue);
     void (*update)(const qg_update_item *items, int64_t count, void *queue);
 
-    /* scratch holds chunks() times the largest chunk of float32. */
+    /* scratch holds chunks() chunks of float32 of each item, or as many as the item has. */
     void (*adam_update)(const qg_adam_update_item *items, int64_t count, float *scratch, void *queue);
 };
 

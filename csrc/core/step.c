@@ -196,13 +196,15 @@ qg_status qg_adam8_scratch_size(
     if (status != QG_SUCCESS) {
         return status;
     }
-    int64_t chunk = 0;
+    const int64_t chunks = backend->chunks(backend->queue);
+    int64_t most = 0;
     for (int64_t i = 0; i < count; i++) {
         if (!is_empty(&tasks[i])) {
-            chunk = qg_larger(chunk, adam8_chunk(&tasks[i]));
+            const int64_t chunk = adam8_chunk(&tasks[i]), elements = tasks[i].weight.rows * tasks[i].weight.cols;
+            most = qg_larger(most, chunk * qg_smaller(chunks, elements / chunk + (elements % chunk != 0)));
         }
     }
-    *bytes = chunk == 0 ? 0 : (size_t)(chunk * backend->chunks(backend->queue)) * sizeof(float) + QG_ALIGNMENT;
+    *bytes = most == 0 ? 0 : (size_t)most * sizeof(float) + QG_ALIGNMENT;
     return QG_SUCCESS;
 }
 
