@@ -22,7 +22,7 @@ SELECTION = {
     "noise": ["noise_equals_reference"],
     "int8": ["int8_equals_reference"],
     "dynamic8": ["dynamic8_equals_reference[7-True]"],
-    "projector": ["projector_equals_reference"],
+    "projector": [f"projector_equals_reference[256-{name}]" for name in ("int4", "fp8", "nf4", "bfloat16")],
     "adam8": ["adam8_equals_reference", "adam8_leaves_flagged_parameters_alone"],
     "galore_step": [
         "galore_moments_equal_reference",
