@@ -49,7 +49,9 @@ demo: $(STAMPS)/plot $(STAMPS)/built
 
 test: ctest pytest
 
+# Some of the tests run the CUDA kernels on the emulator.
 pytest: $(STAMPS)/test $(STAMPS)/built
+	@$(MAKE) -C csrc/tests emulated
 	$(PY) -m pytest -rs $(PYTEST_ARGS)
 
 build: $(STAMPS)/installed $(STAMPS)/built
