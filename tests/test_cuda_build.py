@@ -157,6 +157,15 @@ def test_inexact_instructions_are_found(tmp_path: Path) -> None:
     assert [name for name in found if ".approx.ftz.f32" in name]
 
 
+def test_every_object_has_its_page() -> None:
+    pages = ROOT / "docs" / "kernels"
+    overview = (pages / "README.md").read_text()
+    for source in build.sources("cuda/*.cu"):
+        name = Path(source).stem
+        assert f"({name}.md)" in overview, name
+        assert f"csrc/cuda/{name}.cu" in (pages / f"{name}.md").read_text(), name
+
+
 # ---------------------------------------------------------------- the library
 
 
