@@ -7,6 +7,7 @@ definitions of ``q_galore_torch.reference`` as the CPU computes them.
 from __future__ import annotations
 
 import collections
+import functools
 import gc
 import os
 from collections.abc import Iterator
@@ -33,26 +34,28 @@ if EMULATED is not None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", default="cpu", help="where the tests make their tensors: cpu (default) or cuda")
+    parser.addoption("--device", default="cpu", help="where tensors are made: cpu (default) or cuda")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     device = torch.device(config.getoption("--device"))
-    if device.type == "cpu":
+    if config.getoption("--device") == "cpu":  # cpu:0 goes the way of a GPU, to try it out
         return
     if device.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError(f"--device {device}: torch {torch.__version__} finds no usable GPU")
-    from q_galore_torch import reference
+    from q_galore_torch import ops, reference
 
     # Collection makes tensors, too: the mode stays on until the process ends.
     mode = Elsewhere(device)
     mode.__enter__()
     for name in reference.__all__:
         setattr(reference, name, on_cpu(getattr(reference, name), mode))
+    for name in ("noise", "subspace_random"):  # they take no tensor to go by
+        setattr(ops, name, functools.partial(getattr(ops, name), device=device))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.device(config.getoption("--device")).type != "cpu":
+    if config.getoption("--device") != "cpu":
         for item in items:
             reason = CPU_ONLY.get(item.name.partition("[")[0])
             if reason is not None:

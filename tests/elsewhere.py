@@ -54,7 +54,7 @@ class Elsewhere(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if self.device is not None and kwargs.get("device") is None:
+        if self.device is not None and kwargs.get("device") is None and not kwargs.get("pin_memory"):
             if func in PLAIN:
                 kwargs["device"] = self.device
             elif func in RANDOM:
