@@ -146,6 +146,15 @@ def test_tests_of_the_cpu_alone_exist() -> None:
     assert set(CPU_ONLY) <= written
 
 
+def test_what_the_host_reads_stays_there() -> None:
+    """Under a default device (the meta device stands for a GPU), which would make each reading wait for it."""
+    model = Model()
+    groups = [{"params": [model.up.weight], "rank": 16}]
+    with Elsewhere(torch.device("meta")):
+        (state,) = [s for s in qg.QGaLoreAdamW8bit(groups).state.values() if "queue" in s]
+    assert state["queue"].device.type == state["measured"].device.type == "cpu"
+
+
 def test_definitions_run_on_copies_that_are_brought_back() -> None:
     mode = Elsewhere(torch.device("cpu"))
     seen = []

@@ -173,7 +173,7 @@ def _copied(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     if numbers.device.type != "cuda":
         return numbers.cpu(), None
     stream = torch.cuda.current_stream(numbers.device)
-    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
     host.copy_(numbers, non_blocking=True)
     numbers.record_stream(stream)  # a hook of a backward pass may have made them on another
     event = torch.cuda.Event()

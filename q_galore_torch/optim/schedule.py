@@ -228,7 +228,7 @@ def _stretch(state: dict[str, Any], group: dict[str, Any], similarity: float) ->
         multiple = math.ceil(gap * group["gamma_proj"] / base)
         gap = base * min(multiple, longest_gap(group) // base)
         queue = []
-    state["gap"], state["queue"] = gap, torch.tensor(queue, dtype=torch.float64)
+    state["gap"], state["queue"] = gap, torch.tensor(queue, dtype=torch.float64, device="cpu")
 
 
 def _queued(state: dict[str, Any], group: dict[str, Any], similarity: float) -> tuple[list[float], bool]:
@@ -244,7 +244,7 @@ def _stretch_upstream(state: dict[str, Any], group: dict[str, Any], vector: Tens
         return
     similarity = F.cosine_similarity(past, vector, dim=0).item()
     queue, full = _queued(state, group, similarity)
-    state["queue"] = torch.tensor(queue, dtype=torch.float64)
+    state["queue"] = torch.tensor(queue, dtype=torch.float64, device="cpu")
     state["measured"][SIMILARITY] = similarity
     if full and sum(queue) / len(queue) >= group["cos_threshold"]:
         state["gap"] = int(state["gap"] * group["gamma_proj"])

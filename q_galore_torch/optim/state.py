@@ -216,9 +216,9 @@ def _new_subspace(target: Target, group: dict[str, Any], id: int, number: int, d
         "last_refresh": -1,
         "refreshes": 0,
         "qr_fallbacks": 0,
-        "queue": torch.zeros(0, dtype=torch.float64),
+        "queue": torch.zeros(0, dtype=torch.float64, device="cpu"),
         "past_vector": torch.zeros(0, dtype=torch.float32, device=device),
-        "measured": torch.full((3,), UNMEASURED, dtype=torch.float64),
+        "measured": torch.full((3,), UNMEASURED, dtype=torch.float64, device="cpu"),
         "norm": torch.zeros(0 if group["norm_growth_limit"] is None else 1, dtype=torch.float64, device=device),
     }
 
