@@ -62,7 +62,8 @@ def tool(name: str) -> str:
 def build() -> None:
     major, minor = torch.cuda.get_device_capability()
     words = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    run(words, 240, Q_GALORE_CUDA="1", Q_GALORE_CUDA_ARCHS=f"{major}{minor}")
+    # A warning of a compiler newer than ours stops nothing.
+    run(words, 240, Q_GALORE_CUDA="1", Q_GALORE_CUDA_ARCHS=f"{major}{minor}", Q_GALORE_WERROR="0")
 
 
 def tests() -> None:
