@@ -341,7 +341,7 @@ static __device__ inline void load_four(float x[4], const float *from, int n) {
 static __device__ inline void store_four(float *to, const float x[4], int n) {
     if (is_whole_four(to, n)) {
         const uint32_t bits[4] = {qg_bits(x[0]), qg_bits(x[1]), qg_bits(x[2]), qg_bits(x[3])};
-        store_words(to, bits);
+        store_float_words(to, bits);
         return;
     }
     UNROLL
