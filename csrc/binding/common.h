@@ -115,11 +115,14 @@ const qg_linalg *torch_linalg();
 
 struct Gpu; // cuda.cpp
 
+// Whether an op takes products of matrices, for which cuBLAS wants a large workspace.
+enum class Products { none, some };
+
 // The tables of the device that an op's tensors are on, for the length of the op. On a GPU they work on torch's current
 // stream, and no other thread uses that GPU's tables until this object goes.
 class Kernels {
   public:
-    Kernels(const char *op, const Device &device);
+    Kernels(const char *op, const Device &device, Products products = Products::none);
     ~Kernels();
     Kernels(const Kernels &) = delete;
     Kernels &operator=(const Kernels &) = delete;
@@ -132,7 +135,7 @@ class Kernels {
     Tensor scratch(size_t bytes) const;
 
   private:
-    void open_gpu(const char *op);
+    void open_gpu(const char *op, Products products);
     void close_gpu();
 
     Device device_;
