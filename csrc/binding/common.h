@@ -1,6 +1,7 @@
 // common.h - what every op of the binding needs: tensor checks in one sentence, formats, the chosen kernels.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -142,6 +143,7 @@ class Kernels {
     const qg_backend *backend_ = nullptr;
     const qg_linalg *linalg_ = nullptr;
     Gpu *gpu_ = nullptr;
+    std::optional<torch::stable::accelerator::DeviceGuard> guard_;
     std::unique_lock<std::mutex> lock_;
     std::optional<Tensor> workspace_;
 };

@@ -138,6 +138,9 @@ std::string cuda_version() {
 void Kernels::open_gpu(const char *op, Products products) {
     const int32_t index = device_.index();
     Gpu &gpu = gpu_of(index);
+    // torch's own guard: the library would go back to a GPU by cudaSetDevice, which makes a context there of some hundred
+    // megabytes where this process has none.
+    guard_.emplace(index);
     lock_ = std::unique_lock<std::mutex>(gpu.mutex);
     open_once(gpu, index);
     const int64_t size = products == Products::some ? WORKSPACE : SMALL_WORKSPACE;
