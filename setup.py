@@ -6,7 +6,8 @@ that is installed, so call pip with --no-build-isolation.
 Environment:
     Q_GALORE_SANITIZE    sanitizers to build with, e.g. "address,undefined" (objects are kept apart from ordinary ones)
     Q_GALORE_CUDA        "0" leaves the CUDA library out, "1" insists on it, "auto" (default) builds it if it can
-    Q_GALORE_CUDA_ARCHS  compute capabilities (default "80 90 120"); the last one is also kept as PTX for newer GPUs
+    Q_GALORE_CUDA_ARCHS  compute capabilities (default "80 90 120"); each is also kept as PTX for GPUs between
+                         and after them, which the driver compiles for (sm_100 and sm_110 from 90)
     Q_GALORE_WERROR      "1": warnings are errors (default in a git checkout), "0": they are not
     MAX_JOBS             files compiled at once (default: the number of cores)
 """
@@ -91,8 +92,7 @@ def nvcc_command(nvcc: str, source: str, archs: list[str]) -> list[str]:
     host = [*NVCC_HOST_FLAGS, *WERROR]
     if source.endswith(".c"):
         return [nvcc, "-O3", "-Icsrc", "-Xcompiler", ",".join([*host, *C_FLAGS])]
-    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+    code = [f"-gencode=arch=compute_{arch},code=[sm_{arch},compute_{arch}]" for arch in archs]
     warnings = ["-Werror", "all-warnings"] if WERROR else []
     return [nvcc, "-std=c++17", *NVCC_FLAGS, *warnings, *code, "-Icsrc", "-Xcompiler", ",".join(host)]
 

@@ -197,7 +197,9 @@ def test_library_holds_code_for_each_architecture() -> None:
     printed = _run(_tool("cuobjdump"), "-lelf", "-lptx", _library())
     archs = os.environ.get("Q_GALORE_CUDA_ARCHS", " ".join(registers.ARCHS)).split()
     assert set(re.findall(r"\.sm_(\d+)\.cubin", printed)) == set(archs)
-    assert set(re.findall(r"\.sm_(\d+)\.ptx", printed)) == {archs[-1]}
+    assert set(re.findall(r"\.sm_(\d+)\.ptx", printed)) == set(archs), (
+        "GPUs between two of them run the older one's PTX"
+    )
 
 
 # ---------------------------------------------------------------- how it is built

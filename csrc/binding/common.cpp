@@ -286,9 +286,9 @@ void set_cpu_tables(int64_t backend, int64_t linalg) {
     other_linalg.store(reinterpret_cast<const qg_linalg *>(linalg));
 }
 
-Kernels::Kernels(const char *op, const Device &device) : device_(device) {
+Kernels::Kernels(const char *op, const Device &device, Products products) : device_(device) {
     if (!device.is_cpu()) {
-        open_gpu(op);
+        open_gpu(op, products);
         return;
     }
     const qg_backend *other = other_backend.load();

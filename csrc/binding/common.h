@@ -1,6 +1,7 @@
 // common.h - what every op of the binding needs: tensor checks in one sentence, formats, the chosen kernels.
 #pragma once
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -115,11 +116,14 @@ const qg_linalg *torch_linalg();
 
 struct Gpu; // cuda.cpp
 
+// Whether an op takes products of matrices, for which cuBLAS wants a large workspace.
+enum class Products { none, some };
+
 // The tables of the device that an op's tensors are on, for the length of the op. On a GPU they work on torch's current
 // stream, and no other thread uses that GPU's tables until this object goes.
 class Kernels {
   public:
-    Kernels(const char *op, const Device &device);
+    Kernels(const char *op, const Device &device, Products products = Products::none);
     ~Kernels();
     Kernels(const Kernels &) = delete;
     Kernels &operator=(const Kernels &) = delete;
@@ -132,13 +136,14 @@ class Kernels {
     Tensor scratch(size_t bytes) const;
 
   private:
-    void open_gpu(const char *op);
+    void open_gpu(const char *op, Products products);
     void close_gpu();
 
     Device device_;
     const qg_backend *backend_ = nullptr;
     const qg_linalg *linalg_ = nullptr;
     Gpu *gpu_ = nullptr;
+    std::optional<torch::stable::accelerator::DeviceGuard> guard_;
     std::unique_lock<std::mutex> lock_;
     std::optional<Tensor> workspace_;
 };

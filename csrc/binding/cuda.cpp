@@ -19,8 +19,9 @@ namespace {
 const char *const FILE_NAME = "libq_galore_cuda13.so";
 const char *const PLACE_VARIABLE = "Q_GALORE_CUDA_LIBRARY";
 
-// What cuBLAS likes best on the largest GPUs.
-constexpr int64_t WORKSPACE = 32 << 20;
+// For what kernels leave to each other, and for cuBLAS what it likes best on the largest GPUs.
+constexpr int64_t SMALL_WORKSPACE = 512;
+constexpr int64_t WORKSPACE = SMALL_WORKSPACE + (32 << 20);
 
 // torch numbers GPUs in 8 bits.
 constexpr int32_t MOST_GPUS = 128;
@@ -134,13 +135,18 @@ std::string cuda_version() {
     return library().version();
 }
 
-void Kernels::open_gpu(const char *op) {
+void Kernels::open_gpu(const char *op, Products products) {
     const int32_t index = device_.index();
     Gpu &gpu = gpu_of(index);
+    // torch's own guard: the library would go back to a GPU by cudaSetDevice, which makes a context there of some hundred
+    // megabytes where this process has none.
+    guard_.emplace(index);
     lock_ = std::unique_lock<std::mutex>(gpu.mutex);
     open_once(gpu, index);
-    workspace_ = empty({WORKSPACE}, ScalarType::Byte, device_);
-    if (library().begin(gpu.cuda, current_stream(index), workspace_->data_ptr(), WORKSPACE) != QG_SUCCESS) {
+    const int64_t size = products == Products::some ? WORKSPACE : SMALL_WORKSPACE;
+    workspace_ = empty({size}, ScalarType::Byte, device_);
+    void *const memory = workspace_->data_ptr();
+    if (library().begin(gpu.cuda, current_stream(index), memory, static_cast<size_t>(size)) != QG_SUCCESS) {
         throw std::runtime_error(std::string("q_galore::") + op + ": " + library().error(gpu.cuda));
     }
     gpu_ = &gpu;

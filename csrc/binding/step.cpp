@@ -271,7 +271,7 @@ void galore_step(
     const qg_step_params params = {sizeof(qg_step_params), stochastic_round, lr, beta1, beta2, eps, weight_decay, scale,
         static_cast<uint64_t>(seed), gemm_format, norm_growth_limit};
     const int64_t count = static_cast<int64_t>(tasks.size());
-    const Kernels kernels(op, device);
+    const Kernels kernels(op, device, Products::some);
     size_t bytes = 0;
     check_status(op, qg_galore_scratch_size(tasks.data(), count, &params, kernels.backend(), &bytes));
     const Tensor scratch = kernels.scratch(bytes);

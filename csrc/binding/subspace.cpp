@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> subspace_refresh(
     const qg_subspace_params params = {sizeof params, static_cast<int32_t>(steps), compute_format(op, format)};
     qg_subspace_report report = {};
     report.struct_size = sizeof report;
-    const Kernels kernels(op, device);
+    const Kernels kernels(op, device, Products::some);
     size_t bytes = 0;
     check_status(
         op,
@@ -82,7 +82,7 @@ Tensor subspace_random(const Tensor &like, int64_t rank, int64_t dim, int64_t se
         refuse({op, "rank"}, "from 0 to dim = " + std::to_string(dim), std::to_string(rank));
     }
     const Device device = like.device();
-    const Kernels kernels(op, device);
+    const Kernels kernels(op, device, Products::some);
     size_t bytes = 0;
     check_status(
         op, qg_subspace_scratch_size(1, dim, rank, 1, QG_FLOAT32, kernels.backend(), kernels.linalg(), &bytes));
@@ -111,7 +111,7 @@ Tensor captured_energy(const Tensor &gradient, const Tensor &right, const Tensor
     const qg_format gemm_format = compute_format(op, format);
     const int64_t rank = right_rank > left_rank ? right_rank : left_rank;
     const int32_t sides = right_rank > 0 && left_rank > 0 ? 2 : 1;
-    const Kernels kernels(op, device);
+    const Kernels kernels(op, device, Products::some);
     size_t bytes = 0;
     check_status(
         op,

@@ -304,6 +304,7 @@ static __device__ inline void int8_update_share(
         }
         __syncwarp(team_mask());
         int8_rerange(task, &group, kept, QG_FLOAT32, 0);
+        __syncwarp(team_mask()); /* `kept` is the next group's from here on */
         return;
     }
     int8_store(task, next, verdict.shift, first, share);

@@ -14,6 +14,10 @@ extern "C" {
 
 struct qg_libraries; /* libraries.h */
 
+/* What one kernel leaves for the next, or for the host. Memory of the caller's, as other work may be queued in another
+ * stream meanwhile. */
+enum { QG_NUMBERS_BYTES = 512 };
+
 struct qg_cuda {
     qg_backend backend;
     qg_linalg linalg;
@@ -24,8 +28,9 @@ struct qg_cuda {
     cudaStream_t stream;
     void *workspace; /* cuBLAS' */
     size_t workspace_size;
-    cudaEvent_t done;               /* the end of what was begun last, in its stream */
-    float *numbers;                 /* device memory for a few numbers of a kernel that the host waits for */
+    cudaEvent_t done; /* the end of what was begun last, in its stream */
+    float *numbers;   /* QG_NUMBERS_BYTES between launches: the begin of the caller's workspace, without one `own` */
+    float *own;
     qg_status status;               /* of the first call that failed since it was asked for, */
     char message[512];              /* and its sentence */
     struct qg_libraries *libraries; /* NULL until they are needed first */

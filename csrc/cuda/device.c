@@ -8,7 +8,6 @@
 #include "cuda/libraries.h"
 
 enum {
-    NUMBERS_BYTES = 64 << 10,
     BLOCKS_A_PROCESSOR = 16, /* eight of 256 threads are resident; twice that evens out the last wave */
     WORKSPACE_ALIGNMENT = 256
 };
@@ -186,8 +185,17 @@ void qg_cuda_leave(qg_cuda *cuda, int before) {
     }
 }
 
-/* Kernels leave numbers in one place of the GPU's, and so may the libraries: what comes in another stream waits for what
- * has gone before. In a capture it cannot. */
+/* Its begin is for numbers, the rest for cuBLAS. */
+static void take_workspace(qg_cuda *cuda, void *workspace, size_t size) {
+    const int enough = workspace != NULL && size >= QG_NUMBERS_BYTES;
+    const int more = workspace != NULL && size > QG_NUMBERS_BYTES;
+    cuda->numbers = enough ? workspace : cuda->own;
+    cuda->workspace = more ? (char *)workspace + QG_NUMBERS_BYTES : NULL;
+    cuda->workspace_size = more ? size - QG_NUMBERS_BYTES : 0;
+}
+
+/* Without a workspace kernels leave numbers in one place of the GPU's, and so may the libraries: what comes in another
+ * stream waits for what has gone before. In a capture it cannot. */
 QG_EXPORT qg_status qg_cuda_begin(qg_cuda *cuda, void *stream, void *workspace, size_t workspace_size) {
     cuda->status = QG_SUCCESS;
     cuda->message[0] = '\0';
@@ -209,8 +217,7 @@ QG_EXPORT qg_status qg_cuda_begin(qg_cuda *cuda, void *stream, void *workspace, 
         qg_cuda_leave(cuda, cuda->device_before);
         return qg_cuda_take(cuda);
     }
-    cuda->workspace = workspace;
-    cuda->workspace_size = workspace_size;
+    take_workspace(cuda, workspace, workspace_size);
     qg_libraries_restart(cuda);
     return QG_SUCCESS;
 }
@@ -220,8 +227,7 @@ QG_EXPORT void qg_cuda_end(qg_cuda *cuda) {
         qg_cuda_good(cuda, cudaEventRecord(cuda->done, cuda->stream), "cudaEventRecord");
     }
     cuda->stream = NULL;
-    cuda->workspace = NULL;
-    cuda->workspace_size = 0;
+    take_workspace(cuda, NULL, 0);
     qg_libraries_restart(cuda);
     qg_cuda_leave(cuda, cuda->device_before);
 }
@@ -250,7 +256,8 @@ static void set_up(qg_cuda *cuda) {
             cuda, cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, cuda->device),
             "cudaDeviceGetAttribute") &&
         qg_cuda_good(cuda, cudaEventCreateWithFlags(&cuda->done, cudaEventDisableTiming), "cudaEventCreateWithFlags") &&
-        qg_cuda_good(cuda, cudaMalloc((void **)&cuda->numbers, NUMBERS_BYTES), "cudaMalloc")) {
+        qg_cuda_good(cuda, cudaMalloc((void **)&cuda->own, QG_NUMBERS_BYTES), "cudaMalloc")) {
+        take_workspace(cuda, NULL, 0);
         try_kernel(cuda);
     }
 }
@@ -312,7 +319,7 @@ QG_EXPORT void qg_cuda_close(qg_cuda *cuda) {
     cuda->status = QG_SUCCESS;
     if (cuda->done != NULL && qg_cuda_enter(cuda, &before)) {
         qg_libraries_close(cuda);
-        cudaFree(cuda->numbers);
+        cudaFree(cuda->own);
         cudaEventDestroy(cuda->done);
         qg_cuda_leave(cuda, before);
     }

@@ -22,6 +22,8 @@
 /* The first three as on the CPU. */
 enum { RANGES = 64, SUM_LANES = 16, RANGE_UNIT = 1024, EACH = 16, TILE = THREADS * EACH };
 
+static_assert(RANGES * sizeof(double) <= QG_NUMBERS_BYTES, "the sums of the ranges");
+
 struct squares_argument {
     const void *source;
     qg_format format;

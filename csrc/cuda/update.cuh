@@ -219,14 +219,21 @@ static __device__ inline void int8_move(
     *extremes = e;
 }
 
+/* Whether a group whose x = q + d lie in low .. high keeps its scale: the range's is at least half of it. The range is
+ * (high - low) / 247 old steps or more, so from 125 steps on there is nothing to compute: few GPUs are quick in double. */
+static __device__ inline int int8_keeps_scale(float low, float high, qg_affine range) {
+    if (high - low >= 125) {
+        return 1;
+    }
+    const double s = (double)range.scale;
+    return !(qg_int8_range(s * ((double)low - range.zero), s * ((double)high - range.zero)).scale < range.scale * 0.5f);
+}
+
 /* All threads of the team decide the same. */
 static __device__ inline struct verdict int8_decide(const struct extremes *extremes, qg_affine range) {
     const int32_t x_low = team_smallest(extremes->x_low), x_high = team_largest(extremes->x_high);
     const int32_t q_low = team_smallest(extremes->q_low), q_high = team_largest(extremes->q_high);
-    const double s = (double)range.scale;
-    const double low = s * ((double)qg_from_order(x_low) - range.zero);
-    const double high = s * ((double)qg_from_order(x_high) - range.zero);
-    const int keep = !(qg_int8_range(low, high).scale < range.scale * 0.5f);
+    const int keep = int8_keeps_scale(qg_from_order(x_low), qg_from_order(x_high), range);
     const int fits = q_low >= 0 && q_high <= 255;
     struct verdict verdict;
     verdict.untouched = team_largest(extremes->moved) == 0;

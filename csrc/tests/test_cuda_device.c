@@ -119,6 +119,24 @@ static void test_begin(void) {
     emulated_release();
 }
 
+/* Work of another begin may be queued in another stream: what one kernel leaves to the next lies in this one's. */
+static void test_numbers_lie_in_the_workspace(void) {
+    qg_cuda *cuda = open_device(0, 0);
+    const qg_backend *backend = qg_cuda_backend(cuda);
+    const float values[3] = {1.0f, -3.5f, 2.0f};
+    float *source = device(values, sizeof values), *workspaces[2];
+    for (int i = 0; i < 2; i++) {
+        workspaces[i] = device(NULL, QG_NUMBERS_BYTES);
+        CHECK(qg_cuda_begin(cuda, emulator_stream(), workspaces[i], QG_NUMBERS_BYTES) == QG_SUCCESS, "begin %d", i);
+        CHECK(backend->finite(source, QG_FLOAT32, 3 - 2 * i, backend->queue), "finite %d", i);
+        CHECK(cuda->workspace == NULL, "a workspace of nothing for cuBLAS");
+        qg_cuda_end(cuda);
+    }
+    CHECK(workspaces[0][0] == 3.5f && workspaces[1][0] == 1.0f, "%g, %g", workspaces[0][0], workspaces[1][0]);
+    qg_cuda_close(cuda);
+    emulated_release();
+}
+
 /* ---------------------------------------------------------------- failures */
 
 static void test_first_failure_is_kept(void) {
@@ -211,6 +229,7 @@ int main(void) {
     test_open_failures();
     test_open();
     test_begin();
+    test_numbers_lie_in_the_workspace();
     test_first_failure_is_kept();
     test_fetch();
     test_begin_in_a_capture();

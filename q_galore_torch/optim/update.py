@@ -115,8 +115,7 @@ def _update_alike(items: list[Work]) -> None:
             common.update(norm_growth_limit=group["norm_growth_limit"], norms=torch.cat([s["norm"] for s in states]))
         ops.galore_step_(*arguments, low_rank=first.low_rank, **common)
         if group["norm_growth_limit"] is not None:
-            for state, norm in zip(states, common["norms"].split(1), strict=True):
-                state["norm"].copy_(norm)
+            torch._foreach_copy_([s["norm"] for s in states], list(common["norms"].split(1)))
     _finish(items, weights, stats)
 
 
