@@ -411,11 +411,9 @@ qg_status qg_cuda_open(qg_cuda **cuda, const qg_cuda_params *params, char *messa
 void qg_cuda_close(qg_cuda *cuda);
 
 /* What follows in this thread runs on `stream` (a cudaStream_t of this GPU, not the default stream of value 0 while
- * it is captured), after what was begun before, in whatever stream, unless `stream` is captured. `workspace`, in device
- * memory, is for what kernels leave to each other (512 bytes) and for cuBLAS (8 MB do, 32 MB are better on Hopper and
- * newer); it is in use until the work is done, and a graph that was captured uses it whenever it runs. Without one there
- * are no products, and the numbers lie in memory of the GPU's, which graphs must not share with other work. end puts the
- * thread's current device back. */
+ * it is captured). `workspace`, in device memory, is for what kernels leave to each other (512 bytes, of which there must be
+ * as many) and the rest for cuBLAS (products need one: 8 MB do, 32 MB are better on Hopper and newer); it is in use until
+ * the work is done, and a graph that was captured uses it whenever it runs. end puts the thread's current device back. */
 qg_status qg_cuda_begin(qg_cuda *cuda, void *stream, void *workspace, size_t workspace_size);
 void qg_cuda_end(qg_cuda *cuda);
 

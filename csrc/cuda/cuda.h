@@ -28,11 +28,9 @@ struct qg_cuda {
     cudaStream_t stream;
     void *workspace; /* cuBLAS' */
     size_t workspace_size;
-    cudaEvent_t done; /* the end of what was begun last, in its stream */
-    float *numbers;   /* QG_NUMBERS_BYTES between launches: the begin of the caller's workspace, without one `own` */
-    float *own;
-    qg_status status;               /* of the first call that failed since it was asked for, */
-    char message[512];              /* and its sentence */
+    float *numbers;    /* QG_NUMBERS_BYTES that one launch leaves to the next: the begin of the caller's workspace */
+    qg_status status;  /* of the first call that failed since it was asked for, */
+    char message[512]; /* and its sentence */
     struct qg_libraries *libraries; /* NULL until they are needed first */
 };
 

@@ -185,47 +185,33 @@ void qg_cuda_leave(qg_cuda *cuda, int before) {
     }
 }
 
-/* Its begin is for numbers, the rest for cuBLAS. */
+/* The begin of the workspace is for numbers that a kernel leaves to the next, the rest is cuBLAS'. */
 static void take_workspace(qg_cuda *cuda, void *workspace, size_t size) {
-    const int enough = workspace != NULL && size >= QG_NUMBERS_BYTES;
-    const int more = workspace != NULL && size > QG_NUMBERS_BYTES;
-    cuda->numbers = enough ? workspace : cuda->own;
-    cuda->workspace = more ? (char *)workspace + QG_NUMBERS_BYTES : NULL;
-    cuda->workspace_size = more ? size - QG_NUMBERS_BYTES : 0;
+    cuda->numbers = workspace;
+    cuda->workspace = size > QG_NUMBERS_BYTES ? (char *)workspace + QG_NUMBERS_BYTES : NULL;
+    cuda->workspace_size = size > QG_NUMBERS_BYTES ? size - QG_NUMBERS_BYTES : 0;
 }
 
-/* Without a workspace kernels leave numbers in one place of the GPU's, and so may the libraries: what comes in another
- * stream waits for what has gone before. In a capture it cannot. */
 QG_EXPORT qg_status qg_cuda_begin(qg_cuda *cuda, void *stream, void *workspace, size_t workspace_size) {
     cuda->status = QG_SUCCESS;
     cuda->message[0] = '\0';
-    if ((uintptr_t)workspace % WORKSPACE_ALIGNMENT != 0) {
+    if (workspace == NULL || workspace_size < QG_NUMBERS_BYTES || (uintptr_t)workspace % WORKSPACE_ALIGNMENT != 0) {
         qg_cuda_fail(
-            cuda, QG_INVALID_ARGUMENT, "workspace: expected device memory at a multiple of %d bytes, got %p",
-            WORKSPACE_ALIGNMENT, workspace);
+            cuda, QG_INVALID_ARGUMENT,
+            "workspace: expected %d bytes of device memory or more at a multiple of %d bytes, got %zu at %p",
+            QG_NUMBERS_BYTES, WORKSPACE_ALIGNMENT, workspace_size, workspace);
         return qg_cuda_take(cuda);
     }
     if (!qg_cuda_enter(cuda, &cuda->device_before)) {
         return qg_cuda_take(cuda);
     }
     cuda->stream = stream;
-    if (!is_captured(cuda)) {
-        qg_cuda_good(cuda, cudaStreamWaitEvent(stream, cuda->done, 0), "cudaStreamWaitEvent");
-    }
-    if (cuda->status != QG_SUCCESS) {
-        cuda->stream = NULL;
-        qg_cuda_leave(cuda, cuda->device_before);
-        return qg_cuda_take(cuda);
-    }
     take_workspace(cuda, workspace, workspace_size);
     qg_libraries_restart(cuda);
     return QG_SUCCESS;
 }
 
 QG_EXPORT void qg_cuda_end(qg_cuda *cuda) {
-    if (!is_captured(cuda)) {
-        qg_cuda_good(cuda, cudaEventRecord(cuda->done, cuda->stream), "cudaEventRecord");
-    }
     cuda->stream = NULL;
     take_workspace(cuda, NULL, 0);
     qg_libraries_restart(cuda);
@@ -235,14 +221,13 @@ QG_EXPORT void qg_cuda_end(qg_cuda *cuda) {
 /* ---------------------------------------------------------------- open and close */
 
 /* Whether this GPU runs what was built: one kernel, on a stream that nobody else has. */
-static void try_kernel(qg_cuda *cuda) {
-    const size_t one = sizeof(float);
+static void try_kernel(qg_cuda *cuda, float *memory) {
     if (!qg_cuda_good(
             cuda, cudaStreamCreateWithFlags(&cuda->stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags")) {
         return;
     }
-    if (qg_cuda_good(cuda, cudaMemsetAsync(cuda->numbers, 0, one, cuda->stream), "cudaMemsetAsync")) {
-        qg_cuda_signs(cuda->numbers + 1, cuda->numbers, 1, 1, cuda);
+    if (qg_cuda_good(cuda, cudaMemsetAsync(memory, 0, sizeof *memory, cuda->stream), "cudaMemsetAsync")) {
+        qg_cuda_signs(memory + 1, memory, 1, 1, cuda);
     }
     if (cuda->status == QG_SUCCESS) {
         qg_cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "the first kernel");
@@ -252,13 +237,13 @@ static void try_kernel(qg_cuda *cuda) {
 }
 
 static void set_up(qg_cuda *cuda) {
+    float *memory = NULL;
     if (qg_cuda_good(
             cuda, cudaDeviceGetAttribute(&cuda->processors, cudaDevAttrMultiProcessorCount, cuda->device),
             "cudaDeviceGetAttribute") &&
-        qg_cuda_good(cuda, cudaEventCreateWithFlags(&cuda->done, cudaEventDisableTiming), "cudaEventCreateWithFlags") &&
-        qg_cuda_good(cuda, cudaMalloc((void **)&cuda->own, QG_NUMBERS_BYTES), "cudaMalloc")) {
-        take_workspace(cuda, NULL, 0);
-        try_kernel(cuda);
+        qg_cuda_good(cuda, cudaMalloc((void **)&memory, 2 * sizeof *memory), "cudaMalloc")) {
+        try_kernel(cuda, memory);
+        cudaFree(memory);
     }
 }
 
@@ -317,10 +302,8 @@ QG_EXPORT void qg_cuda_close(qg_cuda *cuda) {
     }
     int before = 0;
     cuda->status = QG_SUCCESS;
-    if (cuda->done != NULL && qg_cuda_enter(cuda, &before)) {
+    if (cuda->libraries != NULL && qg_cuda_enter(cuda, &before)) {
         qg_libraries_close(cuda);
-        cudaFree(cuda->own);
-        cudaEventDestroy(cuda->done);
         qg_cuda_leave(cuda, before);
     }
     free(cuda);

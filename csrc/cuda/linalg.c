@@ -128,10 +128,14 @@ static size_t floats(int count) {
     return (size_t)(count > 0 ? count : 0) * sizeof(float);
 }
 
-/* The matrices of size queries are never read: `numbers` stands for them. */
+/* What stands for the matrices of size queries, which are never read: a query may come without a workspace. */
+static float *no_matrix(qg_cuda *cuda) {
+    return (float *)(void *)cuda;
+}
+
 static int need_potrf(qg_cuda *cuda, const qg_libraries *l, int n, need *out) {
     int count = 0;
-    const unsigned status = l->cusolverDnSpotrf_bufferSize(l->solver, QG_BLAS_UPPER, n, cuda->numbers, n, &count);
+    const unsigned status = l->cusolverDnSpotrf_bufferSize(l->solver, QG_BLAS_UPPER, n, no_matrix(cuda), n, &count);
     *out = (need){floats(count), 0};
     return qg_solver_good(cuda, status, "cusolverDnSpotrf_bufferSize");
 }
@@ -139,7 +143,7 @@ static int need_potrf(qg_cuda *cuda, const qg_libraries *l, int n, need *out) {
 static int need_trtri(qg_cuda *cuda, const qg_libraries *l, int n, need *out) {
     *out = (need){0, 0};
     const unsigned status = l->cusolverDnXtrtri_bufferSize(
-        l->solver, QG_BLAS_UPPER, QG_BLAS_NON_UNIT, n, QG_TYPE_R_32F, cuda->numbers, n, &out->device_bytes,
+        l->solver, QG_BLAS_UPPER, QG_BLAS_NON_UNIT, n, QG_TYPE_R_32F, no_matrix(cuda), n, &out->device_bytes,
         &out->host_bytes);
     return qg_solver_good(cuda, status, "cusolverDnXtrtri_bufferSize");
 }
@@ -147,12 +151,12 @@ static int need_trtri(qg_cuda *cuda, const qg_libraries *l, int n, need *out) {
 /* geqrf's and orgqr's, which use it one after the other, of a transposed rows x cols matrix. */
 static int need_qr(qg_cuda *cuda, const qg_libraries *l, int rows, int cols, need *out) {
     int factor = 0, form = 0;
-    const unsigned status = l->cusolverDnSgeqrf_bufferSize(l->solver, cols, rows, cuda->numbers, cols, &factor);
+    const unsigned status = l->cusolverDnSgeqrf_bufferSize(l->solver, cols, rows, no_matrix(cuda), cols, &factor);
     if (!qg_solver_good(cuda, status, "cusolverDnSgeqrf_bufferSize")) {
         return 0;
     }
     const unsigned second =
-        l->cusolverDnSorgqr_bufferSize(l->solver, cols, rows, rows, cuda->numbers, cols, cuda->numbers, &form);
+        l->cusolverDnSorgqr_bufferSize(l->solver, cols, rows, rows, no_matrix(cuda), cols, no_matrix(cuda), &form);
     *out = (need){floats(factor > form ? factor : form), 0};
     return qg_solver_good(cuda, second, "cusolverDnSorgqr_bufferSize");
 }

@@ -2,6 +2,7 @@
 #ifndef QG_TESTS_EMULATED_H
 #define QG_TESTS_EMULATED_H
 
+#include "cuda/cuda.h"
 #include "emulator/emulator.h"
 #include "harness.h"
 
@@ -14,7 +15,10 @@ static inline const qg_backend *emulated_table(void) {
         const qg_status status = qg_cuda_open(&cuda, &params, message, sizeof message);
         if (!CHECK(status == QG_SUCCESS, "%s", message))
             exit(check_finish());
-        CHECK(qg_cuda_begin(cuda, emulator_stream(), NULL, 0) == QG_SUCCESS, "%s", qg_cuda_error(cuda));
+        void *workspace = emulator_malloc(QG_NUMBERS_BYTES, 256, 0);
+        CHECK(
+            qg_cuda_begin(cuda, emulator_stream(), workspace, QG_NUMBERS_BYTES) == QG_SUCCESS, "%s",
+            qg_cuda_error(cuda));
         emulator_check_races(1);
         emulator_only_device(1);
     }
