@@ -71,8 +71,9 @@ static __device__ int largest_of(const qg_array *array, int64_t first, int64_t e
 }
 
 static __global__ void absmax_units(struct absmax_list list) {
+    int item = 0;
     for (int64_t unit = first_unit(); unit < list.units; unit += unit_stride()) {
-        const int item = item_of(list.end, unit);
+        item = later_item(list.end, item, unit);
         const qg_array *array = &list.arrays[item];
         const int64_t first = unit_of_item(list.end, item, unit) * ABSMAX_UNIT;
         const int largest = team_largest(largest_of(array, first, smaller(first + ABSMAX_UNIT, array->count)));
@@ -156,8 +157,9 @@ static __device__ void cast_share(
 }
 
 static __global__ void cast_units(struct cast_list list) {
+    int i = 0;
     for (int64_t unit = first_unit(); unit < list.units; unit += unit_stride()) {
-        const int i = item_of(list.end, unit);
+        i = later_item(list.end, i, unit);
         const qg_cast_item *item = &list.items[i];
         const int64_t of_row = pieces(item->cols, PIECE), u = unit_of_item(list.end, i, unit);
         const int64_t row = quotient(u, of_row);

@@ -133,10 +133,6 @@ static __device__ inline int later_item(const int64_t *end, int item, int64_t un
     return item;
 }
 
-static __device__ inline int item_of(const int64_t *end, int64_t unit) {
-    return later_item(end, 0, unit);
-}
-
 /* The unit's number within its item. */
 static __device__ inline int64_t unit_of_item(const int64_t *end, int item, int64_t unit) {
     return item == 0 ? unit : unit - end[item - 1];

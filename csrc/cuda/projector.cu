@@ -322,8 +322,9 @@ static __global__ void decode_units(struct decode_list list) {
     __shared__ float entry[256];
     entry[threadIdx.x] = entry_of(list.format, (int)threadIdx.x);
     __syncthreads();
+    int i = 0;
     for (int64_t unit = first_unit(); unit < list.units; unit += unit_stride()) {
-        const int i = item_of(list.end, unit);
+        i = later_item(list.end, i, unit);
         const struct decode_item *item = &list.items[i];
         const int64_t u = unit_of_item(list.end, i, unit), row = quotient(u, item->row_units);
         const int64_t byte = (u - row * item->row_units) * DECODE_BYTES + team_rank() * 16;
