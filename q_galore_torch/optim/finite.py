@@ -140,16 +140,24 @@ class Unread:
             wait: for all of them. Default False.
 
         Raises:
-            NonFiniteGradientError: under ``nonfinite="raise"``, naming the parameter; each is told of once.
+            NonFiniteGradientError: under ``nonfinite="raise"``, naming the parameters; each is told of once.
         """
         if wait:
             self.send()
+        sentences, names = [], []
         while self._coming and (wait or arrived(self._coming[0][2])):
             asked, largest, event = self._coming.popleft()
             if event is not None:
                 event.synchronize()
             for one, size in zip(asked, largest.tolist(), strict=True):
-                _tell(one, size)
+                excess = _excess(size, one.limit)
+                if excess and one.nonfinite == "raise":
+                    sentences.append(f"the gradient of {one.name} {excess}; its step {one.step} left it alone")
+                    names.append(one.name)
+                elif excess:
+                    _log.warning("the gradient of %s %s: left alone in its step %d", one.name, excess, one.step)
+        if sentences:
+            raise NonFiniteGradientError(f"{sentences[0]} and updated the others{_also(names[1:])}")
 
     def forget(self) -> None:
         """The state that was updated is gone."""
@@ -157,15 +165,12 @@ class Unread:
         self._coming.clear()
 
 
-def _tell(asked: _Asked, size: float) -> None:
-    excess = _excess(size, asked.limit)
-    if not excess:
-        return
-    if asked.nonfinite == "raise":
-        raise NonFiniteGradientError(
-            f"the gradient of {asked.name} {excess}; its step {asked.step} left it alone and updated the others"
-        )
-    _log.warning("the gradient of %s %s: left alone in its step %d", asked.name, excess, asked.step)
+def _also(names: list[str]) -> str:
+    """What an error says of the parameters that it does not describe."""
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"; left alone as well: {', '.join(names[:3])}{more}"
 
 
 def _copied(numbers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

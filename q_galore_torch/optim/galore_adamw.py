@@ -239,8 +239,8 @@ class QGaLoreAdamW8bit(Optimizer):
         Raises:
             ValueError: a group's ``lr``, ``betas``, ``eps``, ``weight_decay``, ``scale``, ``update_proj_gap`` or
                 ``max_proj_gap`` has become invalid.
-            NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then. On a GPU an earlier step may
-                be meant, which left that parameter alone and updated the others.
+            NonFiniteGradientError: with ``nonfinite="raise"``; nothing was updated then. On a GPU this or an earlier
+                step may be meant, which left that parameter alone and updated the others; this one has been made.
             RuntimeError: something else wrote to the layers' zero leaves, with per-layer updates a backward pass of
                 this update failed, the optimizers of several processes do not hold the same ids, shapes and options,
                 or a CUDA graph is being captured.
@@ -248,7 +248,6 @@ class QGaLoreAdamW8bit(Optimizer):
         With :func:`q_galore_torch.enable_per_layer` the backward passes have updated most parameters by then: this
         updates the others and closes the update.
         """
-        self._unread.read()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -263,6 +262,7 @@ class QGaLoreAdamW8bit(Optimizer):
             self._apply(self._collect())
         self._mark_due()
         self._unread.send()
+        self._unread.read()  # last: when a number arrives must not decide what is updated, or replicas drift apart
         return loss
 
     def _prepare(self) -> None:
