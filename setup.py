@@ -5,7 +5,7 @@ that is installed, so call pip with --no-build-isolation.
 
 Environment:
     Q_GALORE_SANITIZE    sanitizers to build with, e.g. "address,undefined" (objects are kept apart from ordinary ones)
-    Q_GALORE_CUDA        "0" leaves the CUDA library out, "1" insists on it, "auto" (default) builds it if it can
+    Q_GALORE_CUDA        "0" leaves the CUDA library out, "1" insists on it, "auto" (default) builds it where nvcc is
     Q_GALORE_CUDA_ARCHS  compute capabilities (default "80 90 120"); each is also kept as PTX for GPUs between
                          and after them, which the driver compiles for (sm_100 and sm_110 from 90)
     Q_GALORE_WERROR      "1": warnings are errors (default in a git checkout), "0": they are not
@@ -35,6 +35,7 @@ from setuptools.command.build_ext import build_ext as _build_ext
 ROOT = Path(__file__).resolve().parent
 SANITIZE = os.environ.get("Q_GALORE_SANITIZE", "")
 CUDA = os.environ.get("Q_GALORE_CUDA", "auto")
+OLDEST_CUDA = 13
 CUDA_ARCHS = os.environ.get("Q_GALORE_CUDA_ARCHS", "80 90 120").split()
 WERROR = ["-Werror"] if os.environ.get("Q_GALORE_WERROR", str(int((ROOT / ".git").exists()))) == "1" else []
 
@@ -212,7 +213,7 @@ class build_ext(_build_ext):
         self.build_cuda_library()
 
     def build_cuda_library(self) -> None:
-        """libq_galore_cuda13.so beside _C, by nvcc, when csrc/cuda has sources; what nvcc refuses fails the build."""
+        """libq_galore_cuda13.so beside _C, by nvcc, when csrc/cuda has sources; what it refuses fails the build."""
         files = sources("cuda/*.cu", "cuda/*.c")
         if CUDA == "0" or not files:
             return
@@ -222,6 +223,13 @@ class build_ext(_build_ext):
                 sys.exit("Q_GALORE_CUDA=1, but nvcc was found neither on PATH nor under CUDA_HOME")
             return
         version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.", version)
+        if release is not None and int(release[1]) < OLDEST_CUDA:
+            sentence = f"the CUDA library needs nvcc of CUDA {OLDEST_CUDA} or newer, {nvcc} is of CUDA {release[1]}"
+            if CUDA == "1":
+                sys.exit(f"Q_GALORE_CUDA=1, but {sentence}")
+            print(f"warning: {sentence}: the library is left out", file=sys.stderr)
+            return
         objects = [Path(self.build_temp) / f"{file}.o" for file in files]
         stale = []
         for file, obj in zip(files, objects, strict=True):

@@ -267,6 +267,19 @@ def test_build_without_nvcc(builder: Callable[[str, str], list[str]], tmp_path: 
     assert not (tmp_path / "package").exists()
 
 
+def test_build_leaves_an_older_nvcc_alone(
+    builder: Callable[[str, str], list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Of CUDA 12, which knows neither all flags nor sm_120: the build of the whole package failed at it."""
+    older = FAKE_NVCC.replace("13.0, V13.0.88", "12.4, V12.4.131")
+    assert builder("auto", older) == []
+    said = f"the CUDA library needs nvcc of CUDA 13 or newer, {tmp_path / 'nvcc'} is of CUDA 12"
+    assert f"warning: {said}: the library is left out" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=f"Q_GALORE_CUDA=1, but {said}"):
+        builder("1", older)
+    assert not (tmp_path / "package").exists()
+
+
 def test_build_fails_where_nvcc_does(
     builder: Callable[[str, str], list[str]], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
