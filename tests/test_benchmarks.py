@@ -7,6 +7,7 @@ import math
 import re
 import sys
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 import q_galore_torch as qg
 from q_galore_torch import subspace
+from q_galore_torch.optim import schedule
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -321,6 +323,39 @@ def test_bench_gpu_runs_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     rates = re.findall(r"^  (\w.*?)  +([\d.]+)  +([\d.]+)$", printed.partition("A refresh")[0], re.M)
     assert rates[0] == ("copy", rates[0][1], "1.00")
     assert len(rates) == 10 and all(float(rate) > 0 for _, rate, _ in rates)
+
+
+def test_bench_gpu_times_no_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a gap of 200 one of 168 matrices is due in almost every step; here, of 14 at a gap of 10, one or more."""
+    timed: list[bool] = []
+    made: list[bool] = []
+    refresh = schedule.refresh
+
+    def counted(*args: Any, **options: Any) -> bool:
+        made.append(bool(timed))
+        return refresh(*args, **options)
+
+    class Clock(bench_gpu.Clock):
+        def seconds(self, run: Callable[[], object], rounds: int, warmup: int = 2) -> float:
+            for _ in range(warmup):
+                run()
+            timed.append(True)
+            seconds = super().seconds(run, rounds, 0)
+            timed.clear()
+            return seconds
+
+    monkeypatch.setattr(schedule, "refresh", counted)
+    monkeypatch.setattr(bench_train, "GAP", 10)
+    case = bench_gpu.Case(bench_gpu.LlamaConfig(64, 16, 24, 2, 2), 4, False)
+    row = bench_gpu.trained(case, "low-rank, INT8 weights", 16, 3, Clock(torch.device("cpu")))
+    assert made and not any(made)
+    assert row["refresh_ms"] > 0
+
+
+def test_bench_gpu_waits_for_the_first_bases_of_large_models() -> None:
+    assert bench_gpu.warmup(torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])) == bench_train.WARMUP
+    weights = [torch.nn.Parameter(torch.zeros(8, 8)) for _ in range(168)]
+    assert bench_gpu.warmup(qg.QGaLoreAdamW8bit([{"params": weights, "rank": 2}])) == 23
 
 
 def test_bench_gpu_goes_on_where_a_model_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
