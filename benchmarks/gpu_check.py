@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command without network, in less than eight minutes: make gpu-check.
+"""Everything that needs a GPU, in one command without network, meant to take less than eight minutes: make gpu-check.
 
     python benchmarks/gpu_check.py [--parts build tests sanitizers benchmarks]
 
@@ -9,7 +9,7 @@ benchmarks  benchmarks/bench_gpu.py, which writes benchmarks/results/gpu.json
 
 Each part says whether it passed; the next one runs all the same. Needs torch >= 2.10 with CUDA, pytest and hypothesis
 in this Python, and nvcc and compute-sanitizer on the path (or under CUDA_HOME). Exit status: 0 all passed, 1 something
-failed, 2 there is no GPU.
+failed or torch is missing, 2 there is no GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"gpu-check needs a Python with torch, name it: make gpu-check PYTHON=python3 ({sys.executable}: {error})")
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "gpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -372,6 +373,14 @@ def test_gpu_check_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch, capsys
     assert gpu_check.main([]) == 2
     sentence = f"gpu-check needs a GPU, and torch {torch.__version__} finds none that it can use\n"
     assert capsys.readouterr().err == sentence
+
+
+def test_gpu_check_without_torch_says_so() -> None:
+    command = [sys.executable, "-S", str(ROOT / "benchmarks" / "gpu_check.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env={})
+    assert done.returncode == 1
+    assert done.stderr.startswith("gpu-check needs a Python with torch, name it: make gpu-check PYTHON=")
+    assert done.stderr.count("\n") == 1
 
 
 def test_gpu_check_runs_every_part_and_counts_failures(

@@ -312,7 +312,7 @@ def _derive_steps(args: argparse.Namespace) -> None:
 
 
 def _derive_device(args: argparse.Namespace) -> None:
-    usable = args.optimizer in PLAIN  # our optimizers have no CUDA kernels yet
+    usable = args.optimizer in PLAIN  # this script has not been tried with our optimizers on a GPU
     try:
         args.torch_device = torch.device(args.device or ("cuda" if usable and torch.cuda.is_available() else "cpu"))
     except RuntimeError:
