@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from q_galore_torch import ops
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
 from pretrain.errors import UsageError  # noqa: E402
 from pretrain.flags import build_parser, parse_flags  # noqa: E402
@@ -297,12 +299,18 @@ def test_defaults_need_no_wandb_and_choose_a_device(config: str) -> None:
     assert args.save_dir.startswith("checkpoints") and args.name == "tiny"
 
 
-def test_our_optimizers_stay_on_the_cpu(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_optimizers_need_their_kernels_on_a_gpu(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise RuntimeError("q_galore: no kernels here\nwhere it was thrown")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     ours = ["--optimizer", "q_galore_adamw8bit"]
+    monkeypatch.setattr(ops, "cuda_version", lambda: "2.0")
+    assert parse_flags(flags(config, *ours)).torch_device.type == "cuda"
+    monkeypatch.setattr(ops, "cuda_version", missing)
     assert parse_flags(flags(config, *ours)).torch_device.type == "cpu"
     plain = parse_flags(flags(config, "--optimizer", "adamw"))
     assert plain.torch_device.type == "cuda" and plain.dtype == "bfloat16"
-    with pytest.raises(UsageError, match="q_galore_adamw8bit on a GPU is not supported yet"):
+    with pytest.raises(UsageError, match="q_galore_adamw8bit on a GPU: q_galore: no kernels here$"):
         parse_flags(flags(config, *ours, "--device", "cuda"))

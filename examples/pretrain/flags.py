@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from q_galore_torch import ops
+
 from .errors import UsageError
 from .optimizers import OPTIMIZERS, PLAIN, PROJECTED, QUANTISED
 from .processes import read_environment
@@ -38,6 +40,7 @@ DEMO: dict[str, Any] = {
     "num_training_steps": 500,
     "batch_size": 8,
     "max_length": 256,
+    "device": "cpu",
     "dtype": "float32",
     "eval_every": 100,
     "eval_tokens": 32768,
@@ -84,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep only the inputs of the decoder layers for the backward pass, and run each layer again there",
     )
-    add("--device", help="cpu or cuda; default: cuda where there is one and the optimizer runs there")
+    add("--device", help="cpu or cuda; default: cuda where there is one and the optimizer has kernels for it")
     add("--seed", type=int, default=0, help="initial weights, order of the blocks, rounding noise (default 0)")
 
     add = parser.add_argument_group("data").add_argument
@@ -311,18 +314,29 @@ def _derive_steps(args: argparse.Namespace) -> None:
         raise UsageError(f"--warmup_steps {args.warmup_steps} leaves nothing of a cycle of {args.cycle_length}")
 
 
-def _derive_device(args: argparse.Namespace) -> None:
-    usable = args.optimizer in PLAIN  # this script has not been tried with our optimizers on a GPU
+def _no_kernels(optimizer: str) -> str:
+    """Why an optimizer cannot run on a GPU, "" where it can: ours have kernels of their own."""
+    if optimizer in PLAIN:
+        return ""
     try:
-        args.torch_device = torch.device(args.device or ("cuda" if usable and torch.cuda.is_available() else "cpu"))
+        ops.cuda_version()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return ""
+
+
+def _derive_device(args: argparse.Namespace) -> None:
+    reason = _no_kernels(args.optimizer) if torch.cuda.is_available() else ""
+    try:
+        args.torch_device = torch.device(args.device or ("cuda" if torch.cuda.is_available() and not reason else "cpu"))
     except RuntimeError:
         raise UsageError(f"--device {args.device} is no device PyTorch knows") from None
     if args.torch_device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device must be cpu or cuda, got {args.device}")
     if args.torch_device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds no usable GPU here")
-    if args.torch_device.type == "cuda" and not usable:
-        raise UsageError(f"--optimizer {args.optimizer} on a GPU {NOT_YET}")
+    if args.torch_device.type == "cuda" and reason:
+        raise UsageError(f"--optimizer {args.optimizer} on a GPU: {reason}")
     if args.torch_device.type == "cuda" and args.torch_device.index is None and args.processes > 1:
         args.torch_device = torch.device("cuda", args.local_process)
     if args.dtype is None:
