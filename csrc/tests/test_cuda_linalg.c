@@ -451,6 +451,14 @@ static void test_placing(void) {
             blas.calls("cublasSetStream_v2") == streams + 1 && blas.calls("cublasSetWorkspace_v2") == workspaces + 1,
             "stream and workspace were not set once");
     }
+    for (int round = 0; round < 2; round++) {
+        const int64_t streams = solver.calls("cusolverDnSetStream");
+        begin(other);
+        for (int i = 0; i < 2; i++)
+            CHECK(qg_cuda_linalg(other)->work_size(qg_cuda_linalg(other), 2, 2) > 0, "%s", qg_cuda_error(other));
+        qg_cuda_end(other);
+        CHECK(solver.calls("cusolverDnSetStream") == streams + 1, "cuSOLVER's stream was not set once");
+    }
     qg_cuda_close(other);
     emulated_release();
 }
