@@ -232,7 +232,7 @@ static void try_kernel(qg_cuda *cuda, float *memory) {
     if (cuda->status == QG_SUCCESS) {
         qg_cuda_good(cuda, cudaStreamSynchronize(cuda->stream), "the first kernel");
     }
-    cudaStreamDestroy(cuda->stream);
+    qg_cuda_good(cuda, cudaStreamDestroy(cuda->stream), "cudaStreamDestroy");
     cuda->stream = NULL;
 }
 
@@ -243,7 +243,7 @@ static void set_up(qg_cuda *cuda) {
             "cudaDeviceGetAttribute") &&
         qg_cuda_good(cuda, cudaMalloc((void **)&memory, 2 * sizeof *memory), "cudaMalloc")) {
         try_kernel(cuda, memory);
-        cudaFree(memory);
+        qg_cuda_good(cuda, cudaFree(memory), "cudaFree");
     }
 }
 

@@ -67,6 +67,19 @@ static void test_absmax(void) {
     RELEASE("absmax");
 }
 
+/* An array of more units than one grid takes at a time, whose last element is the largest. */
+static void test_absmax_beyond_the_grid(void) {
+    enum { COUNT = (1 << 21) + 5 };
+    uint16_t *source = emulated_poisoned(COUNT * sizeof *source, 0);
+    float *got = emulated_poisoned(sizeof *got, 0);
+    const qg_array array = {source, COUNT, QG_BFLOAT16};
+    memset(source, 0, COUNT * sizeof *source);
+    ref_store(QG_BFLOAT16, source, COUNT - 1, -7.5f);
+    gpu->absmax(got, &array, 1, gpu->queue);
+    CHECK(*got == 7.5f, "absmax of %d elements: %g", COUNT, (double)*got);
+    emulated_release();
+}
+
 static const int64_t shapes[][3] = {/* rows, cols, row stride */
     {0, 5, 5}, {5, 0, 3}, {1, 1, 1}, {1, 16, 16}, {3, 17, 17}, {1, 256, 256}, {7, 31, 40}, {2, 257, 300}, {4, 512, 528},
     {1009, 1, 1}, {300, 1, 2}, {3, 1031, 1031}, {17, 64, 64}};
@@ -192,6 +205,7 @@ int main(void) {
     gpu = emulated_table();
     test_noise();
     test_absmax();
+    test_absmax_beyond_the_grid();
     test_cast();
     test_cast_copies();
     test_scaled_cast();

@@ -61,6 +61,8 @@ static void test_open_failures(void) {
         {"cudaLaunchKernel", cudaErrorLaunchFailure, QG_CUDA, "signs_of: unspecified launch failure (719)"},
         {"cudaStreamSynchronize", cudaErrorIllegalAddress, QG_CUDA,
             "the first kernel: an illegal memory access was encountered (700)"},
+        {"cudaStreamDestroy", cudaErrorUnknown, QG_CUDA, "cudaStreamDestroy: unknown error (999)"},
+        {"cudaFree", cudaErrorUnknown, QG_CUDA, "cudaFree: unknown error (999)"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         emulator_fail(cases[i].call, 0, cases[i].error);
@@ -153,6 +155,9 @@ static void test_first_failure_is_kept(void) {
     qg_cuda_scale_rows(values, values, values, 4, 4, cuda);
     CHECK(emulator_count("scale_rows").launches == 1, "nothing is launched after the failure was taken");
     qg_cuda_fail(cuda, QG_INTERNAL, "one %d", 1);
+    qg_cuda_fail(cuda, QG_CUDA, "two");
+    EXPECT_FAILURE(cuda, QG_INTERNAL, "one 1");
+    qg_cuda_fail(cuda, QG_INTERNAL, "three");
     qg_cuda_end(cuda);
     begin(cuda);
     EXPECT_FAILURE(cuda, QG_SUCCESS, "");

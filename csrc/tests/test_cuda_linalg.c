@@ -254,6 +254,24 @@ static void test_qr(int64_t rows, int64_t cols, int64_t dead) {
     emulated_release();
 }
 
+/* What goes around cuSOLVER's calls, with more elements than one grid takes at a time. */
+static void test_beyond_the_grid(void) {
+    enum { N = 150, COUNT = N * N };
+    float *source = device_floats(COUNT), *target = device(NULL, COUNT * sizeof(float));
+    qg_cuda_copy_lower(target, source, N, cuda);
+    for (int i = 0; i < COUNT; i++)
+        CHECK(target[i] == (i % N <= i / N ? source[i] : 0.0f), "copy_lower: element %d is %g", i, (double)target[i]);
+    qg_cuda_signs(target, source, 1, COUNT, cuda);
+    for (int i = 0; i < COUNT; i++)
+        CHECK(target[i] == (source[i] < 0.0f ? -1.0f : 1.0f), "signs: element %d is %g", i, (double)target[i]);
+    float *scaled = device(NULL, COUNT * sizeof(float));
+    qg_cuda_scale_rows(scaled, source, target, N, N, cuda);
+    for (int i = 0; i < COUNT; i++)
+        CHECK(scaled[i] == target[i / N] * source[i], "scale_rows: element %d is %g", i, (double)scaled[i]);
+    EXPECT_FAILURE(cuda, QG_SUCCESS, "");
+    emulated_release();
+}
+
 static void test_factorisations_refused(void) {
     float *a = device_floats(64 * 64);
     int32_t *failed = device(NULL, sizeof *failed);
@@ -433,6 +451,14 @@ static void test_placing(void) {
             blas.calls("cublasSetStream_v2") == streams + 1 && blas.calls("cublasSetWorkspace_v2") == workspaces + 1,
             "stream and workspace were not set once");
     }
+    for (int round = 0; round < 2; round++) {
+        const int64_t streams = solver.calls("cusolverDnSetStream");
+        begin(other);
+        for (int i = 0; i < 2; i++)
+            CHECK(qg_cuda_linalg(other)->work_size(qg_cuda_linalg(other), 2, 2) > 0, "%s", qg_cuda_error(other));
+        qg_cuda_end(other);
+        CHECK(solver.calls("cusolverDnSetStream") == streams + 1, "cuSOLVER's stream was not set once");
+    }
     qg_cuda_close(other);
     emulated_release();
 }
@@ -537,6 +563,7 @@ int main(void) {
     }
     for (int i = 0; i < 8; i++)
         test_qr(16, 96, 16);
+    test_beyond_the_grid();
     test_factorisations_refused();
     static const int64_t shapes[][2] = {{1, 1}, {1, 5}, {5, 1}, {6, 6}, {9, 4}, {4, 9}, {31, 20}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {

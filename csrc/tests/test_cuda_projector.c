@@ -132,6 +132,49 @@ static void test_quantize_large(void) {
     RELEASE("projector_quantize");
 }
 
+/* A basis of more blocks and bytes than one grid takes at a time. */
+static void test_beyond_the_grid(void) {
+    enum { RANK = 1100, DIM = 31, BLOCK = 16 };
+    float *values = guarded(RANK * DIM * 4, 0), *want_back = guarded(RANK * DIM * 4, 0);
+    for (int i = 0; i < RANK * DIM; i++)
+        values[i] = (float)random_normal();
+    for (int f = 0; f < FORMATS; f++) {
+        const qg_projector want = on_cpu(RANK, DIM, BLOCK, formats[f]);
+        const qg_projector got = on_gpu(&want, 0, 0);
+        const sizes s = sizes_of(RANK, DIM, BLOCK, formats[f]);
+        float *back = emulated_poisoned(RANK * DIM * 4, 0);
+        const qg_decode_item on_cpu_all = {&want, 0, RANK, 0, DIM, want_back}, all = {&got, 0, RANK, 0, DIM, back};
+        cpu->projector_quantize(&want, values, NULL);
+        gpu->projector_quantize(&got, emulated_copy(values, RANK * DIM * 4, 0), gpu->queue);
+        CHECK_BYTES(got.codes, want.codes, s.codes, "codes of many blocks, format %d", formats[f]);
+        CHECK_BYTES(got.scales, want.scales, s.scales, "scales of many blocks, format %d", formats[f]);
+        CHECK_BYTES(got.zeros, want.zeros, s.zeros, "zeros of many blocks, format %d", formats[f]);
+        cpu->projector_dequantize(&on_cpu_all, 1, QG_FLOAT32, NULL);
+        gpu->projector_dequantize(&all, 1, QG_FLOAT32, gpu->queue);
+        CHECK_BYTES(back, want_back, RANK * DIM * 4, "many blocks decoded, format %d", formats[f]);
+        emulated_release();
+    }
+    RELEASE("projector_quantize");
+}
+
+/* The extremes that decide the one scale are the last elements. */
+static void test_extremes_beyond_the_grid(void) {
+    enum { RANK = 16, DIM = 1 << 17, COUNT = RANK * DIM + RANK * 200 };
+    float *values = guarded(COUNT * 4, 0);
+    memset(values, 0, COUNT * 4);
+    values[COUNT - 2] = -17.0f;
+    values[COUNT - 1] = 23.0f;
+    const qg_projector want = on_cpu(RANK, COUNT / RANK, 0, QG_INT8);
+    const qg_projector got = on_gpu(&want, 0, 0);
+    cpu->projector_quantize(&want, values, NULL);
+    gpu->projector_quantize(&got, emulated_copy(values, COUNT * 4, 0), gpu->queue);
+    CHECK_BYTES(got.codes, want.codes, COUNT, "codes of a large basis");
+    CHECK_BYTES(got.scales, want.scales, 2, "the scale of a large basis");
+    CHECK_BYTES(got.zeros, want.zeros, 1, "the zero of a large basis");
+    emulated_release();
+    RELEASE("projector_quantize");
+}
+
 /* ---------------------------------------------------------------- decode */
 
 /* Any codes, scales and zeros at all, but scales that are finite. */
@@ -254,6 +297,8 @@ int main(void) {
     gpu = emulated_table();
     test_quantize();
     test_quantize_large();
+    test_beyond_the_grid();
+    test_extremes_beyond_the_grid();
     test_dequantize();
     test_windows();
     test_traffic();

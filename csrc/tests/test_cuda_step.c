@@ -236,6 +236,19 @@ static void test_galore_together(size_t batch_bytes) {
     emulated_release();
 }
 
+/* A norm on the device is not for the host to look at; the CPU refuses this one. */
+static void test_norm_is_not_read(void) {
+    qg_step_params params = some_params();
+    params.norm_growth_limit = 1.1;
+    sized_task t = galore_task(0, &params);
+    const double nothing = NAN;
+    size_t size = 0;
+    t.task.norm = device(&nothing, sizeof nothing);
+    CHECK_OK(qg_galore_scratch_size(&t.task, 1, &params, gpu, &size));
+    CHECK(qg_galore_scratch_size(&t.task, 1, &params, cpu, &size) == QG_INVALID_ARGUMENT, "a norm of NaN");
+    emulated_release();
+}
+
 /* 56 matrices, as a model of 60 million weights has: what starts a kernel is a batch, not a matrix. */
 static void test_launches(void) {
     enum { TASKS = 56 };
@@ -309,6 +322,7 @@ static void test_adam8(void) {
         got[i] = adam8_task(i);
         if (got[i].task.stats == NULL)
             got[i].task.stats = device((int64_t[2]){1, 2}, 2 * sizeof(int64_t));
+        got[i].task.weight.rows = i == 3 || i == TASKS - 1 ? 0 : got[i].task.weight.rows; /* the last is empty, too */
         want[i] = copy_of(&got[i]);
         tasks[i] = got[i].task;
         CHECK_OK(step_adam8(&want[i].task, 1, &params, cpu));
@@ -505,6 +519,7 @@ int main(void) {
         test_galore(c);
     test_galore_together((size_t)64 << 20);
     test_galore_together((size_t)16 << 10);
+    test_norm_is_not_read();
     test_launches();
     test_adam8();
     test_refreshes();

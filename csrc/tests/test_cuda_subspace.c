@@ -57,7 +57,7 @@ static void test_limit_growth(void) {
 }
 
 static void test_normalise(void) {
-    static const int64_t counts[] = {0, 1, 16, 255, 257, 4099};
+    static const int64_t counts[] = {0, 1, 16, 255, 257, 270001}; /* the last: more than one grid takes at a time */
     for (int c = 0; c < 6 * 3 * 2; c++) {
         const qg_format format = formats[c % 3];
         const int64_t count = counts[c / 3 % 6];

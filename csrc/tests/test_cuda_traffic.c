@@ -110,6 +110,11 @@ static void test_step(qg_cuda *cuda, qg_side side, int64_t rows, int64_t cols, i
     CHECK(
         share > 0.97 && share < 1.10, "%s, %lld x %lld, %s gradient: %.3f of the floor",
         side == QG_RIGHT ? "right" : "left", (long long)rows, (long long)cols, low_rank ? "low-rank" : "full", share);
+    /* P is decoded once, on the left again for R, and R and both moments are gone through once. */
+    const int64_t passes = side == QG_LEFT && !low_rank ? 2 : 1, decoded = emulator_bytes("decode_units");
+    CHECK(decoded == passes * RANK * dim * 5 / 2, "%lld bytes of bases decoded", (long long)decoded);
+    const int64_t adam = RANK * other * ((low_rank ? 4 : 2) + 2 + 4), stepped = emulator_bytes("adam_kernel");
+    CHECK(stepped == adam, "Adam moves %lld bytes, not %lld", (long long)stepped, (long long)adam);
     emulated_release();
 }
 

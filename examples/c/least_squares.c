@@ -5,7 +5,7 @@
  * W is an INT8 matrix whose gradient is projected on 16 vectors in 4 bits, with 8-bit Adam there and a new basis every 20
  * steps; b is a float vector with ordinary 8-bit Adam.
  *
- *     gcc -std=c11 -D_GNU_SOURCE -O2 -fopenmp -Icsrc examples/c/least_squares.c csrc/core/[a-z]*.c csrc/cpu/[a-z]*.c -lm
+ *     make -C examples/c run        with gcc alone; two files of the library want -march of their own
  */
 #include <stdio.h>
 #include <stdlib.h>
