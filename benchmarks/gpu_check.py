@@ -80,7 +80,8 @@ def compile_calls() -> Path:
     run(["make", "-s", "-j", "-C", "examples/c", f"BUILD={BUILD}", library], 120)
     words: list[object] = [tool("nvcc"), "-O1", "-Icsrc", "-Xcompiler", "-D_GNU_SOURCE,-fopenmp"]
     words += ["-Xlinker", f"-rpath={PACKAGE}", "-o", program]
-    words += ["csrc/tests/test_cuda_calls.c", "csrc/tests/harness.c", library, PACKAGE / "libq_galore_cuda13.so", "-lm"]
+    words += [f"csrc/tests/{name}.c" for name in ("test_cuda_calls", "harness", "gemm", "reference")]
+    words += [library, PACKAGE / "libq_galore_cuda13.so", "-lm"]
     run(words, 120)
     return program
 

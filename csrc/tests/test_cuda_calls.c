@@ -3,6 +3,7 @@
  * Memory is the CUDA runtime's, so the program also runs, linked with the real library, on a GPU and under
  * compute-sanitizer (make gpu-check). */
 #include "harness.h"
+#include "reference.h"
 
 #include <cuda_runtime.h>
 #include <stdio.h>
@@ -319,39 +320,13 @@ static void test_adam8(void) {
 
 /* ---------------------------------------------------------------- what takes products */
 
-/* The CPU's product: float32, sums in double. */
-static qg_status host_gemm(
-    void *context,
-    qg_format format,
-    int32_t accumulate,
-    int64_t m,
-    int64_t n,
-    int64_t k,
-    const void *a,
-    int64_t a_row,
-    int64_t a_col,
-    const void *b,
-    int64_t b_row,
-    int64_t b_col,
-    void *c,
-    int64_t c_row) {
-    (void)context;
-    if (format != QG_FLOAT32)
-        return QG_UNSUPPORTED;
-    for (int64_t i = 0; i < m; i++) {
-        for (int64_t j = 0; j < n; j++) {
-            double sum = 0.0;
-            for (int64_t l = 0; l < k; l++)
-                sum += (double)((const float *)a)[i * a_row + l * a_col] * ((const float *)b)[l * b_row + j * b_col];
-            float *out = (float *)c + i * c_row + j;
-            *out = (float)((accumulate == 0 ? 0.0 : *out) + (accumulate < 0 ? -sum : sum));
-        }
-    }
-    return QG_SUCCESS;
+/* The CPU's, with products in the plainest form. */
+static const qg_linalg *cpu_linalg(void) {
+    static ref_gemm_context context;
+    static qg_linalg table;
+    table = ref_linalg(&context);
+    return &table;
 }
-
-static const qg_linalg cpu_linalg = {
-    sizeof cpu_linalg, NULL, host_gemm, qg_cpu_potrf, qg_cpu_trtri, qg_cpu_qr, qg_cpu_work_size};
 
 static void check_close(const float *device, const float *want, int64_t count, double most, const char *what) {
     float *got = malloc((size_t)count * 4);
@@ -414,7 +389,7 @@ static void test_galore(void) {
     limited.norm_growth_limit = 1.5;
     size_t bytes = 0;
     CHECK_OK(qg_galore_scratch_size(host, TASKS, &limited, cpu, &bytes));
-    CHECK_OK(qg_galore_step(host, TASKS, &limited, guarded(bytes, 0), bytes, cpu, &cpu_linalg));
+    CHECK_OK(qg_galore_step(host, TASKS, &limited, guarded(bytes, 0), bytes, cpu, cpu_linalg()));
     CHECK_OK(qg_galore_scratch_size(device, TASKS, &limited, gpu, &bytes));
     CHECK_OK(qg_galore_step(device, TASKS, &limited, device_memory(bytes), bytes, gpu, gpu_linalg));
     for (int i = 0; i < TASKS; i++) {
@@ -432,15 +407,15 @@ static void test_subspace(void) {
     float *gradient = numbers(ROWS * COLS, QG_FLOAT32, 1.0), *want = guarded(RANK * ROWS * 4, 0);
     float *device_gradient = up(gradient, ROWS * COLS * 4), *got = device_memory(RANK * ROWS * 4);
     size_t cpu_bytes = 0, gpu_bytes = 0;
-    CHECK_OK(qg_subspace_scratch_size(ROWS, COLS, RANK, 1, QG_FLOAT32, cpu, &cpu_linalg, &cpu_bytes));
+    CHECK_OK(qg_subspace_scratch_size(ROWS, COLS, RANK, 1, QG_FLOAT32, cpu, cpu_linalg(), &cpu_bytes));
     CHECK_OK(qg_subspace_scratch_size(ROWS, COLS, RANK, 1, QG_FLOAT32, gpu, gpu_linalg, &gpu_bytes));
     void *scratch = guarded(cpu_bytes, 0), *device_scratch = device_memory(gpu_bytes);
-    CHECK_OK(qg_subspace_random(want, RANK, ROWS, 3, 1, 0, scratch, cpu_bytes, cpu, &cpu_linalg));
+    CHECK_OK(qg_subspace_random(want, RANK, ROWS, 3, 1, 0, scratch, cpu_bytes, cpu, cpu_linalg()));
     CHECK_OK(qg_subspace_random(got, RANK, ROWS, 3, 1, 0, device_scratch, gpu_bytes, gpu, gpu_linalg));
     check_close(got, want, RANK * ROWS, 1e-5, "subspace_random");
     CHECK_OK(qg_subspace_refresh(
         want, RANK, gradient, QG_FLOAT32, ROWS, COLS, QG_LEFT, &how, &want_report, scratch, cpu_bytes, cpu,
-        &cpu_linalg));
+        cpu_linalg()));
     CHECK_OK(qg_subspace_refresh(
         got, RANK, device_gradient, QG_FLOAT32, ROWS, COLS, QG_LEFT, &how, &report, device_scratch, gpu_bytes, gpu,
         gpu_linalg));
