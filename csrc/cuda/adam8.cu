@@ -153,9 +153,10 @@ struct adam_item {
     qg_format normalised_format;
 };
 
-enum { ADAM_ITEMS = LIST_BYTES / (sizeof(struct adam_item) + sizeof(int64_t)) };
+enum { ADAM_ITEMS = (LIST_BYTES - sizeof(int64_t)) / (sizeof(struct adam_item) + sizeof(int64_t)) };
 
 struct adam_list {
+    int64_t units;
     int64_t end[ADAM_ITEMS];
     struct adam_item item[ADAM_ITEMS];
 };
@@ -206,7 +207,7 @@ static __global__ void __launch_bounds__(THREADS, 2) adam_kernel(struct adam_lis
     copy_map(&maps.m, &qg_dynamic_signed);
     copy_map(&maps.v, &qg_dynamic_unsigned);
     int i = 0;
-    for (int64_t unit = first_unit(); unit < list.end[ADAM_ITEMS - 1]; unit += unit_stride()) {
+    for (int64_t unit = first_unit(); unit < list.units; unit += unit_stride()) {
         i = later_item(list.end, i, unit);
         const struct adam_item *item = &list.item[i];
         if (!gradient_is_good(item->gradient_absmax)) {
@@ -245,17 +246,14 @@ extern "C" void qg_cuda_adam(const qg_adam_item *items, int64_t count, void *que
     qg_cuda *cuda = (qg_cuda *)queue;
     for (int64_t i = 0; i < count; i += ADAM_ITEMS) {
         struct adam_list list;
-        memset(&list, 0, sizeof list);
-        int64_t units = 0;
-        for (int k = 0; k < ADAM_ITEMS; k++) {
-            if (i + k < count) {
-                list.item[k] = adam_item_of(&items[i + k]);
-                units += items[i + k].rows * list.item[k].row_units;
-            }
-            list.end[k] = units;
+        list.units = 0;
+        for (int k = 0; k < ADAM_ITEMS && i + k < count; k++) {
+            list.item[k] = adam_item_of(&items[i + k]);
+            list.units += items[i + k].rows * list.item[k].row_units;
+            list.end[k] = list.units;
         }
-        if (units > 0) {
-            QG_LAUNCH(cuda, adam_kernel, qg_cuda_grid(cuda, units, TEAMS), THREADS, list);
+        if (list.units > 0) {
+            QG_LAUNCH(cuda, adam_kernel, qg_cuda_grid(cuda, list.units, TEAMS), THREADS, list);
         }
     }
 }
@@ -272,9 +270,10 @@ struct adam_update_item {
     int32_t unit; /* elements of a team: at most one block, one group, a piece */
 };
 
-enum { ADAM_UPDATE_ITEMS = LIST_BYTES / (sizeof(struct adam_update_item) + sizeof(int64_t)) };
+enum { ADAM_UPDATE_ITEMS = (LIST_BYTES - sizeof(int64_t)) / (sizeof(struct adam_update_item) + sizeof(int64_t)) };
 
 struct adam_update_list {
+    int64_t units;
     int64_t end[ADAM_UPDATE_ITEMS];
     struct adam_update_item item[ADAM_UPDATE_ITEMS];
 };
@@ -348,7 +347,7 @@ static __global__ void __launch_bounds__(THREADS, 2) adam_update_kernel(struct a
     copy_map(&maps.m, &qg_dynamic_signed);
     copy_map(&maps.v, &qg_dynamic_unsigned);
     int i = 0;
-    for (int64_t unit = first_unit(); unit < list.end[ADAM_UPDATE_ITEMS - 1]; unit += unit_stride()) {
+    for (int64_t unit = first_unit(); unit < list.units; unit += unit_stride()) {
         i = later_item(list.end, i, unit);
         const struct adam_update_item *item = &list.item[i];
         if (!gradient_is_good(item->gradient_absmax)) {
@@ -429,24 +428,19 @@ extern "C" void qg_cuda_adam_update(const qg_adam_update_item *items, int64_t co
     qg_cuda *cuda = (qg_cuda *)queue;
     for (int64_t i = 0; i < count;) {
         struct adam_update_list list;
-        memset(&list, 0, sizeof list);
-        int64_t units = 0;
-        int k = 0;
-        for (; i < count && k < ADAM_UPDATE_ITEMS; i++) {
+        list.units = 0;
+        for (int k = 0; i < count && k < ADAM_UPDATE_ITEMS; i++) {
             const int32_t unit = fused_unit(&items[i]);
             if (unit > 0) {
                 list.item[k] = adam_update_item_of(&items[i], unit);
-                units += pieces(list.item[k].count, unit);
-                list.end[k++] = units;
+                list.units += pieces(list.item[k].count, unit);
+                list.end[k++] = list.units;
             } else {
                 adam_update_slabs(&items[i], scratch, cuda);
             }
         }
-        for (; k < ADAM_UPDATE_ITEMS; k++) {
-            list.end[k] = units;
-        }
-        if (units > 0) {
-            QG_LAUNCH(cuda, adam_update_kernel, qg_cuda_grid(cuda, units, TEAMS), THREADS, list);
+        if (list.units > 0) {
+            QG_LAUNCH(cuda, adam_update_kernel, qg_cuda_grid(cuda, list.units, TEAMS), THREADS, list);
         }
     }
 }

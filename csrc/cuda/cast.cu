@@ -57,26 +57,14 @@ struct absmax_list {
     qg_array arrays[ABSMAX_ITEMS];
 };
 
-static __device__ int largest_of(const qg_array *array, int64_t first, int64_t end) {
-    int largest = 0;
-    for (int64_t i = first + team_rank() * SHARE; i < end; i += PIECE) {
-        float x[SHARE];
-        load_floats(x, array->data, array->format, i, share_of(end - i));
-        UNROLL
-        for (int k = 0; k < SHARE; k++) {
-            largest = qg_magnitude(x[k]) > largest ? qg_magnitude(x[k]) : largest;
-        }
-    }
-    return largest;
-}
-
 static __global__ void absmax_units(struct absmax_list list) {
     int item = 0;
     for (int64_t unit = first_unit(); unit < list.units; unit += unit_stride()) {
         item = later_item(list.end, item, unit);
         const qg_array *array = &list.arrays[item];
         const int64_t first = unit_of_item(list.end, item, unit) * ABSMAX_UNIT;
-        const int largest = team_largest(largest_of(array, first, smaller(first + ABSMAX_UNIT, array->count)));
+        const int largest =
+            team_magnitude(array->data, array->format, first, smaller(first + ABSMAX_UNIT, array->count));
         if (team_rank() == 0) {
             atomicMax(list.out + item, largest < 0x7f800000 ? largest : 0x7f800000);
         }

@@ -123,7 +123,7 @@ static __device__ inline void copy_map(qg_dynamic_map *to, const qg_dynamic_map 
 /* ---------------------------------------------------------------- lists
  *
  * One launch works on as many items as fit, with their ends, in LIST_BYTES of argument. Item i has the units up to
- * end[i], the last item's included; the item of a unit is found by going along the ends. */
+ * end[i], the last one up to `units`; the item of a unit is found by going along the ends. */
 
 /* A team's units ascend: its next one is of the same item or of a later one. */
 static __device__ inline int later_item(const int64_t *end, int item, int64_t unit) {
@@ -385,6 +385,20 @@ static __device__ inline void store_floats(void *target, qg_format format, int64
         set_half(halves, i, format == QG_BFLOAT16 ? qg_to_bfloat16(x[i]) : qg_to_float16(x[i]));
     }
     store_halves((uint16_t *)target + first, halves, n);
+}
+
+/* The bits of the largest |x| of elements first .. end, as all threads of the team get them: they order as |x| does. */
+static __device__ inline int32_t team_magnitude(const void *source, qg_format format, int64_t first, int64_t end) {
+    int32_t largest = 0;
+    for (int64_t i = first + team_rank() * SHARE; i < end; i += PIECE) {
+        float x[SHARE];
+        load_floats(x, source, format, i, share_of(end - i));
+        UNROLL
+        for (int k = 0; k < SHARE; k++) {
+            largest = qg_magnitude(x[k]) > largest ? qg_magnitude(x[k]) : largest;
+        }
+    }
+    return team_largest(largest);
 }
 
 #endif

@@ -31,26 +31,13 @@ static __device__ int64_t block_begin(const struct dynamic_argument *a, int64_t 
     return row * a->cols + col;
 }
 
-static __device__ float largest_of(const float *source, int64_t n) {
-    int32_t largest = 0;
-    for (int64_t i = team_rank() * SHARE; i < n; i += PIECE) {
-        float x[SHARE];
-        load_float32(x, source + i, share_of(n - i));
-        UNROLL
-        for (int k = 0; k < SHARE; k++) {
-            largest = qg_magnitude(x[k]) > largest ? qg_magnitude(x[k]) : largest;
-        }
-    }
-    return qg_float((uint32_t)team_largest(largest));
-}
-
 static __global__ void encode_blocks(struct dynamic_argument a) {
     __shared__ qg_dynamic_map map;
     copy_map(&map, a.is_signed ? &qg_dynamic_signed : &qg_dynamic_unsigned);
     for (int64_t unit = first_unit(); unit < a.rows * a.blocks_of_row; unit += unit_stride()) {
         int64_t n;
         const int64_t first = block_begin(&a, unit, &n);
-        const float largest = largest_of(a.source + first, n);
+        const float largest = qg_float((uint32_t)team_magnitude(a.source, QG_FLOAT32, first, first + n));
         const qg_dynamic_scale scale = qg_make_dynamic_scale(largest);
         for (int64_t i = team_rank(); i < n; i += TEAM) {
             const float x = qg_dynamic_unit(a.source[first + i], scale);

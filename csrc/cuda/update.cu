@@ -19,9 +19,10 @@ struct update_item {
     qg_format u_format;
 };
 
-enum { UPDATE_ITEMS = LIST_BYTES / (sizeof(struct update_item) + sizeof(int64_t)) };
+enum { UPDATE_ITEMS = (LIST_BYTES - sizeof(int64_t)) / (sizeof(struct update_item) + sizeof(int64_t)) };
 
 struct update_list {
+    int64_t units;
     int64_t end[UPDATE_ITEMS];
     struct update_item item[UPDATE_ITEMS];
 };
@@ -61,7 +62,7 @@ static __device__ inline void int8_update_group(const struct update_item *item, 
 /* Three blocks on a multiprocessor, 80 registers: with 64 the newest GPUs would spill some. */
 static __global__ void __launch_bounds__(THREADS, 3) update_kernel(struct update_list list) {
     int i = 0;
-    for (int64_t unit = first_unit(); unit < list.end[UPDATE_ITEMS - 1]; unit += unit_stride()) {
+    for (int64_t unit = first_unit(); unit < list.units; unit += unit_stride()) {
         i = later_item(list.end, i, unit);
         const struct update_item *item = &list.item[i];
         if (!gradient_is_good(item->gradient_absmax)) {
@@ -91,25 +92,22 @@ extern "C" void qg_cuda_update(const qg_update_item *items, int64_t count, void 
     qg_cuda *cuda = (qg_cuda *)queue;
     for (int64_t i = 0; i < count; i += UPDATE_ITEMS) {
         struct update_list list;
-        memset(&list, 0, sizeof list);
-        int64_t units = 0;
-        for (int k = 0; k < UPDATE_ITEMS; k++) {
-            if (i + k < count) {
-                const qg_update_item *from = &items[i + k];
-                struct update_item *item = &list.item[k];
-                item->weight = weight_task_of(
-                    from->weight, &from->coefficients, &from->stream, from->first, from->rate, from->stats);
-                item->u = from->u;
-                item->gradient_absmax = from->gradient_absmax;
-                item->first = from->first;
-                item->count = from->count;
-                item->u_format = from->u_format;
-                units += update_units(from);
-            }
-            list.end[k] = units;
+        list.units = 0;
+        for (int k = 0; k < UPDATE_ITEMS && i + k < count; k++) {
+            const qg_update_item *from = &items[i + k];
+            struct update_item *item = &list.item[k];
+            item->weight =
+                weight_task_of(from->weight, &from->coefficients, &from->stream, from->first, from->rate, from->stats);
+            item->u = from->u;
+            item->gradient_absmax = from->gradient_absmax;
+            item->first = from->first;
+            item->count = from->count;
+            item->u_format = from->u_format;
+            list.units += update_units(from);
+            list.end[k] = list.units;
         }
-        if (units > 0) {
-            QG_LAUNCH(cuda, update_kernel, qg_cuda_grid(cuda, units, TEAMS), THREADS, list);
+        if (list.units > 0) {
+            QG_LAUNCH(cuda, update_kernel, qg_cuda_grid(cuda, list.units, TEAMS), THREADS, list);
         }
     }
 }
