@@ -410,11 +410,14 @@ const char *qg_cuda_version(void);
 qg_status qg_cuda_open(qg_cuda **cuda, const qg_cuda_params *params, char *message, size_t message_size);
 void qg_cuda_close(qg_cuda *cuda);
 
+/* Bytes of a workspace that every begin needs. */
+#define QG_CUDA_LEAST_WORKSPACE 512
+
 /* What follows in this thread runs on `stream` (a cudaStream_t of this GPU, not the default stream of value 0 while
- * it is captured). `workspace`, in device memory, is for what kernels leave to each other (512 bytes, of which there must be
- * as many) and the rest for cuBLAS (products need one: 8 MB do, 32 MB are better on Hopper and newer); it is in use until
- * the work is done, and a graph that was captured uses it whenever it runs. end puts the thread's current device back:
- * they come in pairs, and a GPU is closed outside of them. */
+ * it is captured). `workspace`, in device memory, is for what kernels leave to each other (QG_CUDA_LEAST_WORKSPACE bytes,
+ * which it must have) and the rest for cuBLAS (products need one: 8 MB do, 32 MB are better on Hopper and newer); it is in
+ * use until the work is done, and a graph that was captured uses it whenever it runs. end puts the thread's current device
+ * back: they come in pairs, and a GPU is closed outside of them. */
 qg_status qg_cuda_begin(qg_cuda *cuda, void *stream, void *workspace, size_t workspace_size);
 void qg_cuda_end(qg_cuda *cuda);
 

@@ -20,8 +20,7 @@ const char *const FILE_NAME = "libq_galore_cuda13.so";
 const char *const PLACE_VARIABLE = "Q_GALORE_CUDA_LIBRARY";
 
 // For what kernels leave to each other, and for cuBLAS what it likes best on the largest GPUs.
-constexpr int64_t SMALL_WORKSPACE = 512;
-constexpr int64_t WORKSPACE = SMALL_WORKSPACE + (32 << 20);
+constexpr int64_t WORKSPACE = QG_CUDA_LEAST_WORKSPACE + (32 << 20);
 
 // torch numbers GPUs in 8 bits.
 constexpr int32_t MOST_GPUS = 128;
@@ -143,7 +142,7 @@ void Kernels::open_gpu(const char *op, Products products) {
     guard_.emplace(index);
     lock_ = std::unique_lock<std::mutex>(gpu.mutex);
     open_once(gpu, index);
-    const int64_t size = products == Products::some ? WORKSPACE : SMALL_WORKSPACE;
+    const int64_t size = products == Products::some ? WORKSPACE : QG_CUDA_LEAST_WORKSPACE;
     workspace_ = empty({size}, ScalarType::Byte, device_);
     void *const memory = workspace_->data_ptr();
     if (library().begin(gpu.cuda, current_stream(index), memory, static_cast<size_t>(size)) != QG_SUCCESS) {

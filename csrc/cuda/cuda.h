@@ -14,10 +14,6 @@ extern "C" {
 
 struct qg_libraries; /* libraries.h */
 
-/* What one kernel leaves for the next, or for the host. Memory of the caller's, as other work may be queued in another
- * stream meanwhile. */
-enum { QG_NUMBERS_BYTES = 512 };
-
 struct qg_cuda {
     qg_backend backend;
     qg_linalg linalg;
@@ -28,9 +24,11 @@ struct qg_cuda {
     cudaStream_t stream;
     void *workspace; /* cuBLAS' */
     size_t workspace_size;
-    float *numbers;    /* QG_NUMBERS_BYTES that one launch leaves to the next: the begin of the caller's workspace */
-    qg_status status;  /* of the first call that failed since it was asked for, */
-    char message[512]; /* and its sentence */
+    /* What one kernel leaves to the next, or to the host: the begin of the caller's workspace, as other work may be queued
+     * in another stream meanwhile. */
+    float *numbers;
+    qg_status status;               /* of the first call that failed since it was asked for, */
+    char message[512];              /* and its sentence */
     struct qg_libraries *libraries; /* NULL until they are needed first */
 };
 

@@ -22,7 +22,7 @@
 /* The first three as on the CPU. */
 enum { RANGES = 64, SUM_LANES = 16, RANGE_UNIT = 1024, EACH = 16, TILE = THREADS * EACH };
 
-static_assert(RANGES * sizeof(double) <= QG_NUMBERS_BYTES, "the sums of the ranges");
+static_assert(RANGES * sizeof(double) <= QG_CUDA_LEAST_WORKSPACE, "the sums of the ranges");
 
 struct squares_argument {
     const void *source;

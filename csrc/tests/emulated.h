@@ -15,9 +15,9 @@ static inline const qg_backend *emulated_table(void) {
         const qg_status status = qg_cuda_open(&cuda, &params, message, sizeof message);
         if (!CHECK(status == QG_SUCCESS, "%s", message))
             exit(check_finish());
-        void *workspace = emulator_malloc(QG_NUMBERS_BYTES, 256, 0);
+        void *workspace = emulator_malloc(QG_CUDA_LEAST_WORKSPACE, 256, 0);
         CHECK(
-            qg_cuda_begin(cuda, emulator_stream(), workspace, QG_NUMBERS_BYTES) == QG_SUCCESS, "%s",
+            qg_cuda_begin(cuda, emulator_stream(), workspace, QG_CUDA_LEAST_WORKSPACE) == QG_SUCCESS, "%s",
             qg_cuda_error(cuda));
         emulator_check_races(1);
         emulator_only_device(1);

@@ -98,7 +98,7 @@ static void test_begin(void) {
     struct {
         void *workspace;
         size_t size;
-    } wrong[] = {{workspace + 8, 2048}, {workspace, QG_NUMBERS_BYTES - 1}, {NULL, WORKSPACE}};
+    } wrong[] = {{workspace + 8, 2048}, {workspace, QG_CUDA_LEAST_WORKSPACE - 1}, {NULL, WORKSPACE}};
     for (int i = 0; i < 3; i++) {
         CHECK(qg_cuda_begin(cuda, stream, wrong[i].workspace, wrong[i].size) == QG_INVALID_ARGUMENT, "workspace %d", i);
         CHECK(
@@ -123,8 +123,10 @@ static void test_numbers_lie_in_the_workspace(void) {
     const float values[3] = {1.0f, -3.5f, 2.0f};
     float *source = device(values, sizeof values), *workspaces[2];
     for (int i = 0; i < 2; i++) {
-        workspaces[i] = device(NULL, QG_NUMBERS_BYTES);
-        CHECK(qg_cuda_begin(cuda, emulator_stream(), workspaces[i], QG_NUMBERS_BYTES) == QG_SUCCESS, "begin %d", i);
+        workspaces[i] = device(NULL, QG_CUDA_LEAST_WORKSPACE);
+        CHECK(
+            qg_cuda_begin(cuda, emulator_stream(), workspaces[i], QG_CUDA_LEAST_WORKSPACE) == QG_SUCCESS, "begin %d",
+            i);
         CHECK(backend->finite(source, QG_FLOAT32, 3 - 2 * i, backend->queue), "finite %d", i);
         CHECK(cuda->workspace == NULL, "a workspace of nothing for cuBLAS");
         qg_cuda_end(cuda);

@@ -358,8 +358,10 @@ static void test_svd_refused(void) {
     CHECK(qg_cuda_svd(cuda, out, out + 16, out + 32, a, 4, 3, scratch, size) == QG_INVALID_ARGUMENT, "infinity");
     CHECK(strcmp(qg_cuda_error(cuda), "svd: a holds a value that is not finite") == 0, "%s", qg_cuda_error(cuda));
     qg_cuda_end(cuda);
-    void *small = device(NULL, QG_NUMBERS_BYTES);
-    CHECK(qg_cuda_begin(cuda, emulator_stream(), small, QG_NUMBERS_BYTES) == QG_SUCCESS, "%s", qg_cuda_error(cuda));
+    void *small = device(NULL, QG_CUDA_LEAST_WORKSPACE);
+    CHECK(
+        qg_cuda_begin(cuda, emulator_stream(), small, QG_CUDA_LEAST_WORKSPACE) == QG_SUCCESS, "%s",
+        qg_cuda_error(cuda));
     CHECK(qg_cuda_svd(cuda, out, out + 16, out + 32, a, 4, 3, scratch, size) == QG_INVALID_ARGUMENT, "workspace");
     CHECK(strstr(qg_cuda_error(cuda), "svd: qg_cuda_begin was given no workspace") != NULL, "%s", qg_cuda_error(cuda));
     qg_cuda_end(cuda);
