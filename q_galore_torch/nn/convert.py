@@ -103,6 +103,15 @@ def prepare_model(
     return model
 
 
+def convert_layers(
+    model: nn.Module, target_modules: Sequence[str] | str, convert: Callable[[str, nn.Linear], nn.Module]
+) -> None:
+    """Replace linear layers by what ``convert`` makes of them, all or none; what is refused is as in prepare_model."""
+    targets = _targets(model, target_modules)
+    _refuse_tied(model, targets)
+    _convert(model, targets, convert)
+
+
 def _convert(model: nn.Module, targets: dict[str, nn.Linear], convert: Callable[[str, nn.Linear], nn.Module]) -> None:
     """Replace all targets, or none if one of them cannot be converted."""
     trained = [(linear.weight, linear.weight.requires_grad) for linear in targets.values()]
@@ -249,7 +258,8 @@ def param_groups(model: nn.Module, rank: int | None = None, **options: Any) -> l
 
     Args:
         model: from :func:`prepare_model`.
-        rank: default the prepared layers'; another value is refused.
+        rank: default the prepared layers'; another value is refused. Layers of
+            :func:`q_galore_torch.utils.quantization.prepare_model_for_int8_training` have none, and take any.
         options: options of the projected group: ``update_proj_gap``, ``scale``, ``proj_format``, ``lr``, ...
 
     Returns:
@@ -273,6 +283,10 @@ def param_groups(model: nn.Module, rank: int | None = None, **options: Any) -> l
         if not parameter.requires_grad:
             continue
         rows, cols = _weight_shape(module)
+        if mark["rank"] is None:
+            if rank is None:
+                raise ValueError(f"{name} was prepared without a rank: give one to param_groups")
+            mark["rank"] = rank
         if rank is not None and min(rank, rows, cols) != mark["rank"]:
             raise ValueError(f"rank must be {mark['rank']}, with which {name} was prepared, got {rank!r}")
         given = options.get("proj_type", mark["proj_type"])

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from q_galore_torch.nn.old_names import OldNames
+
 if TYPE_CHECKING:
     from q_galore_torch.nn.binding import Binding
     from q_galore_torch.nn.linear import QGaLoreLinear
@@ -164,11 +166,12 @@ _METADATA = {
 }
 
 
-class ZeroWeight(ZeroLeaf):
+class ZeroWeight(OldNames, ZeroLeaf):
     """The ``weight`` of a full-mode layer: zeros that stand for the INT8 weight.
 
     Shape, dtype, device and gradient are the parameter's own. A read of its numbers gives the decoded weight; under
-    grad mode it raises, since no gradient would flow. A write raises.
+    grad mode it raises, since no gradient would flow. A write raises. What it answers under the names of the public
+    Q-GaLore is in :class:`q_galore_torch.nn.old_names.OldNames`.
     """
 
     @property
@@ -183,11 +186,20 @@ class ZeroWeight(ZeroLeaf):
     def _what(self) -> str:
         return f"the INT8 weight of {self.label or 'a QGaLoreLinear'}"
 
-    def _decoded(self) -> Tensor:
+    def _layer(self) -> QGaLoreLinear:
         layer = layer_of(self)
         if layer is None:
             raise RuntimeError(f"{self._what()} was read, but its layer is gone")
-        return layer.dequantize()
+        return layer
+
+    def _decoded(self) -> Tensor:
+        return self._layer().dequantize()
+
+    def retied(self, device: torch.device, dtype: torch.dtype) -> ZeroLeaf:
+        leaf = super().retied(device, dtype)
+        if leaf is not self and isinstance(leaf, ZeroWeight):
+            leaf.backward_hook = self.backward_hook
+        return leaf
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

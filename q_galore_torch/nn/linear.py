@@ -55,6 +55,7 @@ class QGaLoreLinear(nn.Module):
         scales: buffer, float32 [ceil(mn / group_size)].
         zeros: buffer, int16 [ceil(mn / group_size)].
         bias: parameter [m] or None.
+        stochastic_round: default True; False rounds the updates of an INT8 weight to nearest, whatever its group says.
 
     Raises:
         ValueError: an option is out of range.
@@ -71,6 +72,7 @@ class QGaLoreLinear(nn.Module):
     qweight: Tensor
     scales: Tensor
     zeros: Tensor
+    stochastic_round = True
 
     def __init__(
         self,
@@ -134,7 +136,9 @@ class QGaLoreLinear(nn.Module):
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             name = label or "the layer"
             raise ValueError(f"the weight of {name} must be float32, bfloat16 or float16, got {weight.dtype}")
-        layer = cls(linear.in_features, linear.out_features, False, device="meta", dtype=weight.dtype, **options)
+        layer = cls.__new__(cls)  # a subclass may have a constructor of its own
+        shape = linear.in_features, linear.out_features
+        QGaLoreLinear.__init__(layer, *shape, False, device="meta", dtype=weight.dtype, **options)
         layer.label = layer.leaf.label = label
         layer._retie(weight.device)
         layer.leaf.requires_grad_(linear.weight.requires_grad)

@@ -54,6 +54,7 @@ class Target(NamedTuple):
         zeros: INT8 zero points, else None.
         group_size: elements of an INT8 group.
         low_rank: the gradient is R.
+        stochastic_round: what the layer of an INT8 weight says; its group has to agree.
     """
 
     weight: Tensor
@@ -61,6 +62,7 @@ class Target(NamedTuple):
     zeros: Tensor | None
     group_size: int
     low_rank: bool
+    stochastic_round: bool = True
 
     @property
     def int8(self) -> bool:
@@ -84,7 +86,7 @@ def target_of(parameter: Tensor, name: str) -> Target:
     low_rank = layer.grad_mode == "low_rank"
     if layer.weight_bits is None:
         return Target(layer.weight, None, None, BLOCK, low_rank)
-    return Target(layer.qweight, layer.scales, layer.zeros, layer.group_size, low_rank)
+    return Target(layer.qweight, layer.scales, layer.zeros, layer.group_size, low_rank, layer.stochastic_round)
 
 
 class Projection(NamedTuple):

@@ -60,9 +60,16 @@ def update(work: list[Work]) -> None:
     collections: dict[tuple[Any, ...], list[Work]] = {}
     for item in work:
         target, state = item.target, item.state
-        key = (id(item.group), target.weight.device, target.weight.dtype, item.gradient.dtype, state["exp_avg"].dtype)
+        key: tuple[Any, ...] = (
+            id(item.group),
+            target.weight.device,
+            target.weight.dtype,
+            item.gradient.dtype,
+            state["exp_avg"].dtype,
+        )
         two_sided = item.shapes is not None and item.shapes.side == FULL
-        collections.setdefault((*key, target.group_size, item.low_rank, two_sided), []).append(item)
+        key += (target.group_size, target.stochastic_round, item.low_rank, two_sided)
+        collections.setdefault(key, []).append(item)
     for items in collections.values():
         _update_alike(items)
 
@@ -98,7 +105,7 @@ def _update_alike(items: list[Work]) -> None:
         "eps": group["eps"],
         "weight_decay": group["weight_decay"],
         "seed": group["seed"],
-        "stochastic_round": group["stochastic_round"],
+        "stochastic_round": group["stochastic_round"] and target.stochastic_round,
         "group_size": target.group_size,
         "block": BLOCK,
         "absmax": torch.cat(flags) if flags else None,

@@ -1,0 +1,137 @@
+"""The attributes that scripts written for the public Q-GaLore read and set on an INT8 weight.
+
+There they hang on a uint8 parameter and are lost by ``.to()``, ``deepcopy`` and ``state_dict()``. Here they are views
+of what the layer holds, so that they go wherever the layer goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from q_galore_torch.nn.linear import QGaLoreLinear
+
+
+class OldNames:
+    """What an INT8 weight answers under the public code's attribute names; mixed into a leaf.
+
+    Attributes:
+        scales: float32 [groups]. Assigning writes into the layer's buffer.
+        zeros: int16 [groups]. Assigning writes into the layer's buffer.
+        group_size: consecutive elements of the row-major weight that share a scale; cannot be changed.
+        saved_data_dtype: of the codes, ``torch.uint8``; cannot be changed.
+        stochastic_round: default True; False rounds this weight's updates to nearest, as a group's option does.
+        float_grad: the gradient, ``.grad`` by its old name.
+        backward_hook: called with the weight whenever a backward pass has completed its gradient; None for no hook.
+            Stays over ``.to()``, is not copied by ``deepcopy``.
+    """
+
+    grad: Tensor | None
+    _hook: tuple[Callable[[Any], Any], RemovableHandle] | None = None
+
+    def _layer(self) -> QGaLoreLinear:
+        raise NotImplementedError
+
+    @property
+    def scales(self) -> Tensor:
+        """See the class."""
+        return self._layer().scales
+
+    @scales.setter
+    def scales(self, value: Tensor) -> None:
+        _write("scales", self._layer().scales, value)
+
+    @property
+    def zeros(self) -> Tensor:
+        """See the class."""
+        return self._layer().zeros
+
+    @zeros.setter
+    def zeros(self, value: Tensor) -> None:
+        _write("zeros", self._layer().zeros, value)
+
+    @property
+    def group_size(self) -> int:
+        """See the class."""
+        return self._layer().group_size
+
+    @group_size.setter
+    def group_size(self, value: int) -> None:
+        _keep("group_size", self.group_size, value)
+
+    @property
+    def saved_data_dtype(self) -> torch.dtype:
+        """See the class."""
+        return self._layer().qweight.dtype
+
+    @saved_data_dtype.setter
+    def saved_data_dtype(self, value: torch.dtype) -> None:
+        _keep("saved_data_dtype", self.saved_data_dtype, value)
+
+    @property
+    def stochastic_round(self) -> bool:
+        """See the class."""
+        return self._layer().stochastic_round
+
+    @stochastic_round.setter
+    def stochastic_round(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"stochastic_round of an INT8 weight must be True or False, got {value!r}")
+        self._layer().stochastic_round = value
+
+    @property
+    def float_grad(self) -> Tensor | None:
+        """See the class."""
+        return self.grad
+
+    @float_grad.setter
+    def float_grad(self, value: Tensor | None) -> None:
+        self.grad = value
+
+    @property
+    def backward_hook(self) -> Callable[[Any], Any] | None:
+        """See the class."""
+        return None if self._hook is None else self._hook[0]
+
+    @backward_hook.setter
+    def backward_hook(self, hook: Callable[[Any], Any] | None) -> None:
+        if hook is not None and not callable(hook):
+            raise TypeError(f"backward_hook must be callable with the weight, or None, got {hook!r}")
+        if self._hook is not None:
+            self._hook[1].remove()
+        self._hook = None if hook is None else (hook, self._register(hook))
+
+    def _register(self, hook: Callable[[Any], Any]) -> RemovableHandle:
+        def call(weight: Any) -> None:  # torch refuses hooks that return something
+            hook(weight)
+
+        return self.register_post_accumulate_grad_hook(call)  # type: ignore[attr-defined]
+
+
+def _write(name: str, own: Tensor, value: Any) -> None:
+    """Write a tensor of one value per group, as a vector or the public code's column, into a layer's buffer."""
+    shapes = [list(own.shape), [*own.shape, 1]]
+    if not isinstance(value, Tensor) or list(value.shape) not in shapes:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} of an INT8 weight must be a tensor {shapes[0]} or {shapes[1]}, got {got}")
+    if value is own or value.device.type == "meta" or own.device.type == "meta":
+        return  # nothing to copy: the values come with the layer's own
+    value = value.detach().reshape(own.shape)
+    if name == "scales":
+        if not bool((value.isfinite() & (value > 0)).all()):
+            raise ValueError("scales of an INT8 weight must be finite and > 0")
+    elif not bool(((value == value.round()) & (value.abs() < 2**15)).all()):
+        raise ValueError("zeros of an INT8 weight must be integers that int16 holds")
+    with torch.no_grad():
+        own.copy_(value)
+
+
+def _keep(name: str, own: Any, value: Any) -> None:
+    if value != own:
+        raise ValueError(f"{name} of this INT8 weight is {own} and cannot be changed, got {value!r}: make a new layer")
