@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from q_galore_torch import ops
 from q_galore_torch.integrations.distributed import check_replicas, reduce_stashes
 from q_galore_torch.nn.binding import Binding
-from q_galore_torch.nn.leaf import ZeroLeaf, bind, check_untouched, layer_of, refuse_elsewhere
+from q_galore_torch.nn.leaf import ZeroLeaf, ZeroWeight, bind, check_untouched, layer_of, refuse_elsewhere
 from q_galore_torch.optim import options, schedule
 from q_galore_torch.optim.finite import Unread, asynchronous, keep_finite
 from q_galore_torch.optim.state import (
@@ -156,7 +157,7 @@ class QGaLoreAdamW8bit(Optimizer):
 
     def _create_states(self, group: dict[str, Any], index: int) -> dict[Tensor, dict[str, Any]]:
         states = list(self.state.values())
-        next_id = 1 + max((s["id"] for s in states), default=-1)
+        next_id = max((1 + s["id"] for s in states), default=_first_id(group["params"]))
         next_number = 1 + max((s["number"] for s in states if "number" in s), default=-1)
         created: dict[Tensor, dict[str, Any]] = {}
         clipped = 0
@@ -511,6 +512,16 @@ def _name(group: dict[str, Any], index: int, position: int) -> str:
     parameter = group["params"][position]
     label = parameter.label if isinstance(parameter, ZeroLeaf) else ""
     return label or f"parameter {position} of group {index} (shape {list(parameter.shape)})"
+
+
+def _first_id(parameters: list[Tensor]) -> int:
+    """0, or, for an INT8 weight alone in its group, a number made from its layer's name.
+
+    Loops that update per layer with one optimizer for each weight would otherwise give every weight the same id, and
+    so the same rounding noise.
+    """
+    alone = parameters[0] if len(parameters) == 1 else None
+    return zlib.crc32(alone.label.encode()) if isinstance(alone, ZeroWeight) and alone.label else 0
 
 
 def _agree_on_names(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
