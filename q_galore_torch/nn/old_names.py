@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -18,7 +18,39 @@ if TYPE_CHECKING:
     from q_galore_torch.nn.linear import QGaLoreLinear
 
 
-class OldNames:
+class BackwardHook:
+    """``weight.backward_hook = f``: f(weight) is called whenever a backward pass has completed the gradient.
+
+    The public code calls it from its INT8 layer's backward alone, so that what else trains never hears of it.
+    """
+
+    _hook: tuple[Callable[[Any], Any], RemovableHandle] | None = None
+
+    @property
+    def backward_hook(self) -> Callable[[Any], Any] | None:
+        """The function that is called, None for none."""
+        return None if self._hook is None else self._hook[0]
+
+    @backward_hook.setter
+    def backward_hook(self, hook: Callable[[Any], Any] | None) -> None:
+        if hook is not None and not callable(hook):
+            raise TypeError(f"backward_hook must be callable with the weight, or None, got {hook!r}")
+        if self._hook is not None:
+            self._hook[1].remove()
+        self._hook = None if hook is None else (hook, self._register(hook))
+
+    def _register(self, hook: Callable[[Any], Any]) -> RemovableHandle:
+        def call(weight: Any) -> None:  # torch refuses hooks that return something
+            hook(weight)
+
+        return self.register_post_accumulate_grad_hook(call)  # type: ignore[attr-defined]
+
+
+class HookedParameter(BackwardHook, nn.Parameter):
+    """An ordinary parameter of a prepared model, whose ``backward_hook`` is called like that of an INT8 weight."""
+
+
+class OldNames(BackwardHook):
     """What an INT8 weight answers under the public code's attribute names; mixed into a leaf.
 
     Attributes:
@@ -28,12 +60,10 @@ class OldNames:
         saved_data_dtype: of the codes, ``torch.uint8``; cannot be changed.
         stochastic_round: default True; False rounds this weight's updates to nearest, as a group's option does.
         float_grad: the gradient, ``.grad`` by its old name.
-        backward_hook: called with the weight whenever a backward pass has completed its gradient; None for no hook.
-            Stays over ``.to()``, is not copied by ``deepcopy``.
+        backward_hook: default None. Stays over ``.to()``, is not copied by ``deepcopy``.
     """
 
     grad: Tensor | None
-    _hook: tuple[Callable[[Any], Any], RemovableHandle] | None = None
 
     def _layer(self) -> QGaLoreLinear:
         raise NotImplementedError
@@ -93,25 +123,6 @@ class OldNames:
     @float_grad.setter
     def float_grad(self, value: Tensor | None) -> None:
         self.grad = value
-
-    @property
-    def backward_hook(self) -> Callable[[Any], Any] | None:
-        """See the class."""
-        return None if self._hook is None else self._hook[0]
-
-    @backward_hook.setter
-    def backward_hook(self, hook: Callable[[Any], Any] | None) -> None:
-        if hook is not None and not callable(hook):
-            raise TypeError(f"backward_hook must be callable with the weight, or None, got {hook!r}")
-        if self._hook is not None:
-            self._hook[1].remove()
-        self._hook = None if hook is None else (hook, self._register(hook))
-
-    def _register(self, hook: Callable[[Any], Any]) -> RemovableHandle:
-        def call(weight: Any) -> None:  # torch refuses hooks that return something
-            hook(weight)
-
-        return self.register_post_accumulate_grad_hook(call)  # type: ignore[attr-defined]
 
 
 def _write(name: str, own: Tensor, value: Any) -> None:

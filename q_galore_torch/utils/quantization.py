@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from q_galore_torch import nn as layers
 from q_galore_torch.nn.convert import convert_layers
+from q_galore_torch.nn.old_names import HookedParameter
 
 
 class QGaLoreLinear(layers.QGaLoreLinear):
@@ -82,6 +83,10 @@ def prepare_model_for_int8_training(model: nn.Module, args: Any, target_module: 
             :func:`q_galore_torch.prepare_model`); no layer is converted then.
 
     Note:
+        ``setattr(p, "backward_hook", f)`` works for every parameter of the model afterwards, embeddings, norms and head
+        included: f(p) is called when a backward pass has completed p's gradient. For that they become
+        :class:`q_galore_torch.nn.old_names.HookedParameter`, the same objects with the same values.
+
         New code calls :func:`q_galore_torch.prepare_model`, whose layers never form the full gradient.
 
     Example:
@@ -107,6 +112,9 @@ def prepare_model_for_int8_training(model: nn.Module, args: Any, target_module: 
         return layer
 
     convert_layers(model, "|".join(map(re.escape, names)), convert)
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            parameter.__class__ = HookedParameter
     return model
 
 
