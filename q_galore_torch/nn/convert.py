@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from q_galore_torch.nn.initialize import initialized_modules
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.nn.linear import QGaLoreLinear, check_layer_options
+from q_galore_torch.nn.simulate import QLinear
 from q_galore_torch.subspace import side_of
 
 _log = logging.getLogger(__name__)
@@ -303,7 +304,7 @@ def _leaf_name(module: nn.Module) -> str:
 
 
 def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """An ordinary copy of a prepared model: every QGaLoreLinear is an ``nn.Linear`` with the decoded weight again.
+    """An ordinary copy of a prepared model: each QGaLoreLinear and QLinear is an ``nn.Linear`` of the decoded weight.
 
     Args:
         model: left as it is.
@@ -314,7 +315,7 @@ def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, QGaLoreLinear):
+        if isinstance(module, (QGaLoreLinear, QLinear)):
             memo[id(module)] = _ordinary(module)
     exported = copy.deepcopy(model, memo)
     for module in exported.modules():
@@ -322,10 +323,11 @@ def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     return exported if dtype is None else exported.to(dtype)
 
 
-def _ordinary(layer: QGaLoreLinear) -> nn.Linear:
+def _ordinary(layer: QGaLoreLinear | QLinear) -> nn.Linear:
     weight = layer.dequantize()
+    trained = layer.weight if isinstance(layer, QLinear) else layer.leaf
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight, layer.leaf.requires_grad)
+    linear.weight = nn.Parameter(weight, trained.requires_grad)
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     linear.train(layer.training)

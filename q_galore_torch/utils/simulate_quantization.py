@@ -1,0 +1,50 @@
+"""Simulated INT8 training under the public package's names: float weights on an INT8 grid."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from q_galore_torch.nn.convert import _convert, _refuse_tied, _targets
+from q_galore_torch.nn.simulate import QLinear
+
+__all__ = ["QLinear", "prepare_model_for_int8_training_simulation"]
+
+
+def prepare_model_for_int8_training_simulation(model: nn.Module, args: Any, target_module: Sequence[str]) -> nn.Module:
+    """Replace linear layers by :class:`QLinear`, in place; the parameters stay the same objects.
+
+    Args:
+        model: any module. Only children whose type is exactly ``nn.Linear`` are converted.
+        args: has ``weight_bits`` (only 8), ``weight_group_size`` and ``stochastic_round``.
+        target_module: the children's own names, such as ``["q_proj", "down_proj"]``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: an option is out of range, nothing matches, or a matching layer cannot be converted: its parent
+            reads ``.weight`` itself, or the weight is shared with another module, computed from other tensors or not
+            finite. No layer is converted then.
+
+    Example:
+        >>> from argparse import Namespace
+        >>> args = Namespace(weight_bits=8, weight_group_size=256, stochastic_round=True)
+        >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 8))
+        >>> type(prepare_model_for_int8_training_simulation(model, args, ["0"])[0]).__name__
+        'QLinear'
+    """
+    if isinstance(target_module, str) or not target_module:
+        raise ValueError(f"target_module must be a list of names of linear layers, got {target_module!r}")
+    names = "|".join(re.escape(name) for name in target_module)
+    targets = _targets(model, rf"(.*\.)?({names})")
+    _refuse_tied(model, targets)
+    options = (args.weight_bits, args.weight_group_size, args.stochastic_round)
+    for name, linear in targets.items():
+        if not linear.weight.isfinite().all():
+            raise ValueError(f"{name} cannot be converted: its weight is not finite")
+    _convert(model, targets, lambda _, linear: QLinear.from_linear(linear, *options))
+    return model
