@@ -41,11 +41,12 @@ from pretrain.losses import SummedLoss, evaluate
 from pretrain.model import build_model, checkpoint_activations, initializer, read_config_json
 from pretrain.optimizers import (
     PER_LAYER,
-    QUANTISED,
     build_optimizer,
     clip_of,
+    is_prepared,
     prepare,
     ready_for_ddp,
+    simulate_int8,
     update_per_layer,
 )
 from pretrain.processes import Processes
@@ -71,8 +72,8 @@ IDENTITY = (
     "seed", "dtype", "max_length", "tokenizer", "total_batch_size", "grad_clipping", "optimizer",
     "lr", "scheduler", "min_lr_ratio", "warmup_steps", "weight_decay", "beta1", "beta2", "rank", "update_proj_gap",
     "galore_scale", "proj_type", "proj_quant", "proj_bits", "proj_group_size", "weight_quant", "weight_bits",
-    "weight_group_size", "stochastic_round", "lazy_rule", "energy_threshold", "cos_threshold", "gamma_proj",
-    "queue_size",
+    "weight_group_size", "stochastic_round", "simulation", "lazy_rule", "energy_threshold", "cos_threshold",
+    "gamma_proj", "queue_size",
 )  # fmt: skip
 
 # A CPU gains nothing from more tokens at once, but the activations of 65,536 of them take 40 GB in a LLaMA-130M. The
@@ -98,19 +99,21 @@ class Trainer:
         longest = config.get("max_sequence_length", config.get("max_position_embeddings"))
         if isinstance(longest, int) and args.max_length > longest:
             raise UsageError(f"--max_length {args.max_length} is more than the model's {longest}")
-        quantised = args.optimizer in QUANTISED
+        prepared = is_prepared(args)
         torch.manual_seed(args.seed)
-        self.model = build_model(args.model_config, args.use_hf_model, args.torch_dtype, on_meta=quantised)
+        self.model = build_model(args.model_config, args.use_hf_model, args.torch_dtype, on_meta=prepared)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         with processes.first_alone():
             self.corpus = load_corpus(
                 args.data_kind, args.data_path, args.tokenizer, args.max_length, args.seed, args.eval_tokens,
                 vocabulary=self.model.lm_head.weight.shape[0], processes=processes,
             )  # fmt: skip
-        if quantised:
+        if prepared:
             torch.manual_seed(args.seed)
             spread = self.model.config.initializer_range if args.continue_from is None else 0.0
             prepare(self.model, args, initializer(spread, args.torch_dtype))
+        elif args.simulation and args.weight_quant:
+            simulate_int8(self.model, args)
         self.model.to(self.device)
         if args.activation_checkpointing:
             checkpoint_activations(self.model)

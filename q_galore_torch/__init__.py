@@ -5,6 +5,7 @@ from q_galore_torch.nn import QGaLoreLinear, export_model, num_parameters, param
 from q_galore_torch.optim import NonFiniteGradientError, QGaLoreAdamW8bit
 from q_galore_torch.optim.clip import clip_grad_norm_
 from q_galore_torch.optim.per_layer import enable_per_layer
+from q_galore_torch.q_galore_adamw8bit_simulate import AdamW8bit as QGaLoreAdamW8bit_simulate
 
 __version__ = "2.0.0.dev0"
 
@@ -12,6 +13,7 @@ __all__ = [
     "MemoryPlan",
     "NonFiniteGradientError",
     "QGaLoreAdamW8bit",
+    "QGaLoreAdamW8bit_simulate",
     "QGaLoreLinear",
     "clip_grad_norm_",
     "enable_per_layer",

@@ -155,7 +155,7 @@ def test_prepare_says_nothing_of_convolutions_and_embeddings(caplog: pytest.LogC
         (dict(weight_group_size=0), TARGETS, "group_size must be an integer >= 1, got 0"),
         (dict(stochastic_round="yes"), TARGETS, "stochastic_round must be True or False, got 'yes'"),
         ({}, "q_proj", "target_module must be a list of child names, got 'q_proj'"),
-        ({}, [], "names no nn.Linear"),
+        ({}, [], "target_module must be a list of child names"),
         ({}, ["self_attn"], "names no nn.Linear"),
     ],
 )

@@ -110,7 +110,7 @@ def test_max_train_tokens_sets_the_number_of_updates(config: str, tokens: str, s
 
 SCRIPTS = sorted((EXAMPLES / "scripts").rglob("*.sh"))
 PUBLIC_SCRIPTS = {
-    *(f"pretrain_c4/llama_{size}.sh" for size in PUBLIC_SHAPES),
+    *(f"pretrain_c4/{mode}llama_{size}.sh" for mode in ("", "simulation/") for size in PUBLIC_SHAPES),
     *(f"single_gpu/llama_7b{kind}.sh" for kind in ("", "_checkpointing", "_galore", "_galore_checkpointing")),
 }
 
@@ -136,6 +136,7 @@ def test_scripts_give_flags_that_are_accepted(tmp_path: Path, script: Path, monk
     single, galore, checkpointing = (word in str(script) for word in ("single_gpu", "galore", "checkpointing"))
     assert script.stem.startswith(Path(args.model_config).stem) and args.dtype == "bfloat16"
     assert (args.single_gpu, args.weight_quant, args.activation_checkpointing) == (single, not galore, checkpointing)
+    assert args.simulation == ("simulation" in str(script))
     assert args.optimizer == ("galore" if galore else "q_galore") + "_adamw8bit" + ("_per_layer" if single else "")
 
 
@@ -151,7 +152,14 @@ def test_demo_is_a_preset_that_flags_override() -> None:
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        (["--simulation"], "--simulation is not supported yet"),
+        (
+            ["--simulation"],
+            "--simulation goes with --optimizer q_galore_adamw8bit or q_galore_adamw8bit_per_layer, not",
+        ),
+        (
+            ["--simulation", "--optimizer", "q_galore_adamw8bit", "--weight_quant", "--weight_bits", "4"],
+            "num_bits must be",
+        ),
         (["--weight_quant"], "q_galore_adamw8bit or q_galore_adamw8bit_per_layer, not with adam"),
         (["--proj_quant", "--optimizer", "galore_adamw"], "galore_adamw keeps float32"),
         (["--total_batch_size", "6"], "--total_batch_size 6 is not a multiple of --batch_size 4"),

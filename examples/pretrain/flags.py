@@ -23,9 +23,6 @@ from .schedules import SCHEDULERS
 
 EXAMPLES = Path(__file__).resolve().parent.parent
 
-NOT_YET = "is not supported yet"
-REFUSED_FLAGS = ("simulation",)
-
 DEMO: dict[str, Any] = {
     "model_config": str(EXAMPLES / "configs" / "llama_demo.json"),
     "optimizer": "q_galore_adamw8bit",
@@ -131,7 +128,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight_bits", type=int, default=8, help="default 8")
     add("--weight_group_size", type=int, default=256, help="default 256")
     add("--stochastic_round", action="store_true", help="round INT8 weights stochastically; otherwise to nearest")
-    add("--simulation", action="store_true", help=NOT_YET)
+    add(
+        "--simulation",
+        action="store_true",
+        help="full gradients in place of the low-rank backward, and INT8 weights that are floats on an INT8 grid",
+    )
     add(
         "--lazy_rule",
         default="energy",
@@ -177,7 +178,7 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     ``save_dir``, all filled in.
 
     Raises:
-        UsageError: A flag is unknown, impossible, contradicts another, or is not supported yet.
+        UsageError: A flag is unknown, impossible or contradicts another.
     """
     parser = build_parser()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -220,9 +221,8 @@ def _run_folder(args: argparse.Namespace) -> str:
 
 
 def _refuse_unsupported(args: argparse.Namespace) -> None:
-    for flag in REFUSED_FLAGS:
-        if getattr(args, flag):
-            raise UsageError(f"--{flag} {NOT_YET}")
+    if args.simulation and args.optimizer not in QUANTISED:
+        raise UsageError(f"--simulation goes with --optimizer {' or '.join(QUANTISED)}, not with {args.optimizer}")
     if args.weight_quant and args.optimizer not in QUANTISED:
         raise UsageError(f"--weight_quant goes with --optimizer {' or '.join(QUANTISED)}, not with {args.optimizer}")
     if args.proj_quant and args.optimizer not in PROJECTED:

@@ -5,7 +5,8 @@ adam8bit                       8-bit moments, no projection
 galore_adamw                   attention and MLP matrices projected; float32 moments, float32 projector
 galore_adamw8bit               the same with 8-bit moments
 q_galore_adamw8bit             8-bit moments, low-rank backward; --proj_quant quantises the projector,
-                               --weight_quant stores the matrices in INT8
+                               --weight_quant stores the matrices in INT8; with --simulation the gradients are full
+                               ones, and with --weight_quant too the matrices are floats on an INT8 grid
 ..._per_layer                  the two 8-bit ones, each parameter updated as soon as its gradient is there
 """
 
@@ -32,8 +33,13 @@ OPTIMIZERS = (*PLAIN, "adam8bit", *PROJECTED)
 TARGET_MODULES = ["attn", "mlp"]
 
 
+def is_prepared(args: argparse.Namespace) -> bool:
+    """Whether the model's layers are the package's own, with a low-rank backward."""
+    return args.optimizer in QUANTISED and not args.simulation
+
+
 def prepare(model: nn.Module, args: argparse.Namespace, initialize: Callable[[nn.Module], None]) -> None:
-    """Give the model of a ``QUANTISED`` optimizer its layers and its values, one module after the other.
+    """Give a model that :func:`is_prepared` its layers and its values, one module after the other.
 
     Args:
         model: On the meta device; what is there gets memory on ``args.torch_device``.
@@ -57,8 +63,24 @@ def prepare(model: nn.Module, args: argparse.Namespace, initialize: Callable[[nn
         raise UsageError(str(error)) from None
 
 
+def simulate_int8(model: nn.Module, args: argparse.Namespace) -> None:
+    """Round the matrices of a float model to an INT8 grid, on which they stay.
+
+    Raises:
+        UsageError: The package refuses a value, or is not installed.
+    """
+    _package(args)
+    from q_galore_torch.utils.simulate_quantization import prepare_model_for_int8_training_simulation
+
+    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if is_projected(name, module)})
+    try:
+        prepare_model_for_int8_training_simulation(model, args, names)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
 def build_optimizer(model: nn.Module, args: argparse.Namespace) -> Optimizer:
-    """The optimizer that ``args.optimizer`` names; the model of a ``QUANTISED`` one is prepared.
+    """The optimizer that ``args.optimizer`` names, of a model that is prepared where :func:`is_prepared` says so.
 
     Raises:
         UsageError: The package refuses a value, or is not installed.
@@ -98,7 +120,7 @@ def update_per_layer(
 def clip_of(args: argparse.Namespace) -> str:
     """What bounds the gradients of a ``PER_LAYER`` optimizer: the norm of all gradients can wait for their end only
     where they are low-rank; full ones are bounded by the norm of the update before."""
-    return "global" if args.optimizer in QUANTISED and args.lazy_rule != "upstream" else "last_norm"
+    return "global" if is_prepared(args) and args.lazy_rule != "upstream" else "last_norm"
 
 
 def ready_for_ddp(wrapped: nn.Module, args: argparse.Namespace) -> None:
@@ -108,7 +130,7 @@ def ready_for_ddp(wrapped: nn.Module, args: argparse.Namespace) -> None:
         wrapped: What DistributedDataParallel is going to wrap.
         args: The flags.
     """
-    if args.optimizer in QUANTISED:
+    if is_prepared(args):
         from q_galore_torch.integrations import distributed
         from q_galore_torch.nn.linear import QGaLoreLinear
 
@@ -141,15 +163,21 @@ def _groups(qg: ModuleType, model: nn.Module, args: argparse.Namespace) -> tuple
     if args.optimizer == "adam8bit":
         return [{"params": [p for p in model.parameters() if p.requires_grad]}], {}
     projection: dict[str, Any] = {"update_proj_gap": args.update_proj_gap, "scale": args.galore_scale}
+    keywords: dict[str, Any] = {}
     if args.optimizer in QUANTISED:
-        return _quantised_groups(qg, model, args, projection)
+        projection.update(_lazy_rule(args), **_projector_format(args))
+        if args.weight_quant:
+            keywords["stochastic_round"] = args.stochastic_round
+    else:  # GaLore as published
+        projection.update(proj_format="float32", subspace="svd", lazy_rule="fixed")
+        keywords["moments_dtype"] = "float32" if args.optimizer == "galore_adamw" else "dynamic8"
+    if is_prepared(args):
+        return qg.param_groups(model, rank=args.rank, **projection), keywords
     matrices = [(name, module.weight) for name, module in model.named_modules() if is_projected(name, module)]
     chosen = {id(weight) for _, weight in matrices}
     regular = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in chosen]
-    projection.update(rank=args.rank, proj_type=args.proj_type, proj_format="float32")
-    projection.update(subspace="svd", lazy_rule="fixed")  # GaLore as published
-    moments = "float32" if args.optimizer == "galore_adamw" else "dynamic8"
-    return [{"params": regular}, {"params": matrices, **projection}], {"moments_dtype": moments}
+    projection.update(rank=args.rank, proj_type=args.proj_type)
+    return [{"params": regular}, {"params": matrices, **projection}], keywords
 
 
 def is_projected(name: str, module: nn.Module) -> bool:
@@ -157,15 +185,12 @@ def is_projected(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and any(target in name for target in TARGET_MODULES)
 
 
-def _quantised_groups(
-    qg: ModuleType, model: nn.Module, args: argparse.Namespace, projection: dict[str, Any]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Q-GaLore: the layers take over the backward pass, so that only low-rank gradients exist."""
+def _lazy_rule(args: argparse.Namespace) -> dict[str, Any]:
     lazy = {name: getattr(args, name) for name in ("energy_threshold", "cos_threshold", "gamma_proj", "queue_size")}
-    projection.update({name: value for name, value in lazy.items() if value is not None}, lazy_rule=args.lazy_rule)
-    if args.proj_quant:
-        projection.update(quant=True, quant_n_bit=args.proj_bits, quant_group_size=args.proj_group_size)
-    else:
-        projection["proj_format"] = "float32"
-    keywords = {"stochastic_round": args.stochastic_round} if args.weight_quant else {}
-    return qg.param_groups(model, rank=args.rank, **projection), keywords
+    return {**{name: value for name, value in lazy.items() if value is not None}, "lazy_rule": args.lazy_rule}
+
+
+def _projector_format(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.proj_quant:
+        return {"proj_format": "float32"}
+    return {"quant": True, "quant_n_bit": args.proj_bits, "quant_group_size": args.proj_group_size}

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from q_galore_torch.nn.initialize import initialized_modules
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.nn.linear import QGaLoreLinear, check_layer_options
+from q_galore_torch.nn.simulate import QLinear
 from q_galore_torch.subspace import side_of
 
 _log = logging.getLogger(__name__)
@@ -103,11 +104,23 @@ def prepare_model(
     return model
 
 
-def convert_layers(
-    model: nn.Module, target_modules: Sequence[str] | str, convert: Callable[[str, nn.Linear], nn.Module]
-) -> None:
-    """Replace linear layers by what ``convert`` makes of them, all or none; what is refused is as in prepare_model."""
-    targets = _targets(model, target_modules)
+def convert_named(model: nn.Module, names: Sequence[str], convert: Callable[[str, nn.Linear], nn.Module]) -> None:
+    """Replace the linear layers whose own names are given by what ``convert`` makes of them, all or none.
+
+    Args:
+        model: changed in place.
+        names: of children, compared as a whole: ``["q_proj", "up_proj"]``.
+        convert: given qualified name and layer.
+
+    Raises:
+        ValueError: there is no such layer, or one cannot be converted (see :func:`prepare_model`).
+    """
+    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"target_module must be a list of child names, got {names!r}")
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not any(name.rpartition(".")[2] in names for name in linears):
+        raise ValueError(f"target_module={list(names)!r} names no nn.Linear of the model")
+    targets = _targets(model, rf"(?s:(.*\.)?({'|'.join(map(re.escape, names))}))")
     _refuse_tied(model, targets)
     _convert(model, targets, convert)
 
@@ -317,7 +330,7 @@ def _leaf_name(module: nn.Module) -> str:
 
 
 def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """An ordinary copy of a prepared model: every QGaLoreLinear is an ``nn.Linear`` with the decoded weight again.
+    """An ordinary copy of a prepared model: each QGaLoreLinear and QLinear is an ``nn.Linear`` of the decoded weight.
 
     Args:
         model: left as it is.
@@ -328,7 +341,7 @@ def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, QGaLoreLinear):
+        if isinstance(module, (QGaLoreLinear, QLinear)):
             memo[id(module)] = _ordinary(module)
     exported = copy.deepcopy(model, memo)
     for module in exported.modules():
@@ -336,10 +349,11 @@ def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     return exported if dtype is None else exported.to(dtype)
 
 
-def _ordinary(layer: QGaLoreLinear) -> nn.Linear:
+def _ordinary(layer: QGaLoreLinear | QLinear) -> nn.Linear:
     weight = layer.dequantize()
+    trained = layer.weight if isinstance(layer, QLinear) else layer.leaf
     linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta", dtype=weight.dtype)
-    linear.weight = nn.Parameter(weight, layer.leaf.requires_grad)
+    linear.weight = nn.Parameter(weight, trained.requires_grad)
     if layer.bias is not None:
         linear.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
     linear.train(layer.training)

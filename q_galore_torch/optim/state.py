@@ -26,6 +26,7 @@ from torch import Tensor
 
 from q_galore_torch import ops
 from q_galore_torch.nn.leaf import ZeroLeaf, layer_of
+from q_galore_torch.nn.simulate import QLinear, simulated
 from q_galore_torch.optim.moments import BLOCK, ZERO_CODE
 from q_galore_torch.subspace import (
     FULL,
@@ -54,7 +55,8 @@ class Target(NamedTuple):
         zeros: INT8 zero points, else None.
         group_size: elements of an INT8 group.
         low_rank: the gradient is R.
-        stochastic_round: what the layer of an INT8 weight says; its group has to agree.
+        stochastic_round: whether the layer of an INT8 weight leaves the rounding to its group; else it is to nearest.
+        simulated: the layer whose float weight stands on an INT8 grid, else None; its codes are made for each update.
     """
 
     weight: Tensor
@@ -63,11 +65,19 @@ class Target(NamedTuple):
     group_size: int
     low_rank: bool
     stochastic_round: bool = True
+    simulated: QLinear | None = None
 
     @property
     def int8(self) -> bool:
-        """Whether the weight is stored as INT8."""
-        return self.scales is not None
+        """Whether the weight is updated as INT8."""
+        return self.scales is not None or self.simulated is not None
+
+    def opened(self) -> Target:
+        """The target whose memory the operators write: this one, or the codes of a simulated weight."""
+        if self.simulated is None:
+            return self
+        codes, scales, zeros = self.simulated.read()
+        return self._replace(weight=codes, scales=scales, zeros=zeros)
 
 
 def target_of(parameter: Tensor, name: str) -> Target:
@@ -77,6 +87,10 @@ def target_of(parameter: Tensor, name: str) -> Target:
         RuntimeError: the leaf's layer is gone.
     """
     if not isinstance(parameter, ZeroLeaf):
+        simulation = simulated(parameter)
+        if simulation is not None:
+            size, rounding = simulation.group_size, simulation.stochastic_round
+            return Target(parameter, None, None, size, False, rounding, simulation)
         return Target(parameter, None, None, BLOCK, False)
     layer = layer_of(parameter)
     if layer is None:

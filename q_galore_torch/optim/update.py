@@ -60,16 +60,10 @@ def update(work: list[Work]) -> None:
     collections: dict[tuple[Any, ...], list[Work]] = {}
     for item in work:
         target, state = item.target, item.state
-        key: tuple[Any, ...] = (
-            id(item.group),
-            target.weight.device,
-            target.weight.dtype,
-            item.gradient.dtype,
-            state["exp_avg"].dtype,
-        )
+        key = (id(item.group), target.weight.device, target.weight.dtype, item.gradient.dtype, state["exp_avg"].dtype)
         two_sided = item.shapes is not None and item.shapes.side == FULL
-        key += (target.group_size, target.stochastic_round, item.low_rank, two_sided)
-        collections.setdefault(key, []).append(item)
+        formats = (target.int8, target.group_size, target.stochastic_round)
+        collections.setdefault((*key, *formats, item.low_rank, two_sided), []).append(item)
     for items in collections.values():
         _update_alike(items)
 
@@ -77,7 +71,8 @@ def update(work: list[Work]) -> None:
 def _update_alike(items: list[Work]) -> None:
     first = items[0]
     group, target = first.group, first.target
-    weights = [_as_matrix(item.target.weight.detach().contiguous(), item.shapes) for item in items]
+    opened = [item.target.opened() for item in items]
+    weights = [_as_matrix(o.weight.detach().contiguous(), i.shapes) for o, i in zip(opened, items, strict=True)]
     device = weights[0].device
     none = torch.empty(0, device=device)
     no_zeros = torch.empty(0, dtype=torch.int16, device=device)
@@ -85,8 +80,8 @@ def _update_alike(items: list[Work]) -> None:
     stats = torch.zeros(len(items), 2, dtype=torch.int64, device=device)
     lists: list[Any] = [
         weights,
-        [none if item.target.scales is None else item.target.scales for item in items],
-        [no_zeros if item.target.zeros is None else item.target.zeros for item in items],
+        [none if o.scales is None else o.scales for o in opened],
+        [no_zeros if o.zeros is None else o.zeros for o in opened],
         [item.gradient for item in items],
         *([s[key] for s in states] for key in ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")),
     ]
@@ -123,19 +118,22 @@ def _update_alike(items: list[Work]) -> None:
         ops.galore_step_(*arguments, low_rank=first.low_rank, **common)
         if group["norm_growth_limit"] is not None:
             torch._foreach_copy_([s["norm"] for s in states], list(common["norms"].split(1)))
-    _finish(items, weights, stats)
+    _finish(items, opened, weights, stats)
 
 
 def _as_matrix(weight: Tensor, shapes: Projection | None) -> Tensor:
     return weight if shapes is None else weight.view(shapes.rows, shapes.cols)
 
 
-def _finish(items: list[Work], weights: list[Tensor], stats: Tensor) -> None:
+def _finish(items: list[Work], opened: list[Target], weights: list[Tensor], stats: Tensor) -> None:
     written: list[Tensor] = []
-    for item, weight in zip(items, weights, strict=True):
+    for item, target, weight in zip(items, opened, weights, strict=True):
         item.state["step"] += 1
         item.state["bias_step"] += 1
-        target = item.target
+        if target.simulated is not None:
+            assert target.scales is not None and target.zeros is not None
+            target.simulated.write(target.weight, target.scales, target.zeros)
+            continue
         if weight.data_ptr() != target.weight.data_ptr():
             # A parameter that is not contiguous; copy_ counts as a write by itself.
             target.weight.copy_(weight.view(target.weight.shape))

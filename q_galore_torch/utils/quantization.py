@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from q_galore_torch import nn as layers
-from q_galore_torch.nn.convert import convert_layers
+from q_galore_torch.nn.convert import convert_named
 from q_galore_torch.nn.old_names import HookedParameter
 
 
@@ -99,19 +98,13 @@ def prepare_model_for_int8_training(model: nn.Module, args: Any, target_module: 
     _check_bits("weight_bits", args.weight_bits)
     if not isinstance(args.stochastic_round, bool):
         raise ValueError(f"stochastic_round must be True or False, got {args.stochastic_round!r}")
-    if isinstance(target_module, str) or not all(isinstance(name, str) for name in target_module):
-        raise ValueError(f"target_module must be a list of child names, got {target_module!r}")
-    linears = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)]
-    names = [name for name in linears if name.rpartition(".")[2] in target_module]
-    if not names:
-        raise ValueError(f"target_module={list(target_module)!r} names no nn.Linear of the model")
 
     def convert(name: str, linear: nn.Linear) -> nn.Module:
         layer = QGaLoreLinear.from_linear(linear, name, group_size=args.weight_group_size, grad_mode="full")
         layer.stochastic_round = args.stochastic_round
         return layer
 
-    convert_layers(model, "|".join(map(re.escape, names)), convert)
+    convert_named(model, target_module, convert)
     for parameter in model.parameters():
         if type(parameter) is nn.Parameter:
             parameter.__class__ = HookedParameter

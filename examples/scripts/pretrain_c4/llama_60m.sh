@@ -1,8 +1,9 @@
 #!/bin/sh
 # LLaMA-60M on C4 with Q-GaLore: INT8 weights, INT4 projector, 8-bit moments.
-# TOKENIZER names a folder with a tokenizer of at most 32000 entries; further flags go behind the script.
+# TOKENIZER names a folder with a tokenizer of at most 32000 entries, PROCESSES how many there are on this machine
+# (default 1); further flags go behind the script.
 cd "$(dirname "$0")/../.." || exit 1
-exec torchrun --standalone --nproc_per_node 1 run_pretrain.py \
+exec torchrun --standalone --nproc_per_node "${PROCESSES:-1}" run_pretrain.py \
     --model_config configs/llama_60m.json --data c4 --tokenizer "${TOKENIZER:?is not set}" \
     --optimizer q_galore_adamw8bit --weight_quant --stochastic_round --proj_quant \
     --rank 128 --update_proj_gap 200 --galore_scale 0.25 --lr 0.015 --weight_decay 0 \
