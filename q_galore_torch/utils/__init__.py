@@ -1,0 +1,1 @@
+"""The public Q-GaLore code's helper modules under their old import names."""
