@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from galore_reference import low_rank_stream
+from public_files import PublicProjector, save_as_public
 from q_galore_torch import q_galore_projector
 from q_galore_torch.q_galore_projector import GaLoreProjector
 
@@ -302,17 +303,8 @@ def test_galore_projector_deepcopy_is_independent() -> None:
 
 
 def public_pickle() -> bytes:
-    """What torch.save writes of an optimizer of the public code: the class by name, its attributes as a dict."""
-    stand_in = type("GaLoreProjector", (), {"__module__": "q_galore_torch.q_galore_projector"})
-    projector = stand_in()
-    projector.__dict__.update(rank=4, ortho_matrix=torch.ones(4, 8), queue=[0.5], proj_type="std")
     file = io.BytesIO()
-    real = q_galore_projector.GaLoreProjector
-    q_galore_projector.GaLoreProjector = stand_in  # type: ignore[misc]
-    try:
-        torch.save({"state": {0: {"step": 3, "projector": projector}}, "param_groups": []}, file)
-    finally:
-        q_galore_projector.GaLoreProjector = real  # type: ignore[misc]
+    save_as_public({"state": {0: {"step": 3, "projector": PublicProjector()}}, "param_groups": []}, file)
     return file.getvalue()
 
 

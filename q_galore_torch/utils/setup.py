@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from q_galore_torch import ops
 from q_galore_torch.nn import QGaLoreLinear, public_weights
+from q_galore_torch.optim import QGaLoreAdamW8bit, public_state
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +72,36 @@ def load_model_weight(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modu
         raise ValueError(f"{os.fspath(path)} does not fit the model: {error}") from None
     model.load_state_dict(entries)
     return model
+
+
+def load_optimizer_state(optimizer: QGaLoreAdamW8bit, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load an optimizer's file, the public code's too, without the states of parameters that those projects projected.
+
+    Their projectors are pickled objects and are skipped; projected parameters keep the state that the optimizer has,
+    with a fresh subspace and moments of zero if it is new. All others take over moments and step, and the groups
+    ``lr``, ``betas``, ``eps`` and ``weight_decay``. A file of this package is loaded as a whole.
+
+    Args:
+        optimizer: with the same parameters in the same groups.
+        path: of a file with an optimizer's state dict, or with one as its entry ``"optimizer"``.
+
+    Returns:
+        The other entries of the file (``"scheduler"``, ``"update_step"``, ...).
+
+    Raises:
+        ValueError: the file cannot be read, or does not fit the optimizer; nothing is loaded then.
+
+    Example:
+        >>> rest = load_optimizer_state(optimizer, "optimizer.pt")  # doctest: +SKIP
+    """
+    with torch.serialization.safe_globals([(public_state.LeftOut, name) for name in public_state.PROJECTORS]):
+        found = read_tensors(path)
+    rest = dict(found)
+    saved = rest.pop("optimizer") if "optimizer" in found else found
+    if public_state.is_public(saved):
+        saved = public_state.converted(optimizer, saved, leave_out_projected=True)
+    optimizer.load_state_dict(saved)
+    return rest if "optimizer" in found else {}
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
