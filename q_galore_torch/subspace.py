@@ -130,11 +130,12 @@ def svd_basis(gradient: Tensor, side: int, rank: int) -> Basis | None:
     if not 2.0**-20 <= largest <= 2.0**20:  # squares of the entries must neither overflow nor vanish
         matrix = matrix * 2.0 ** min(126, 1 - math.frexp(largest)[1])
     try:
-        _, values, vectors = torch.linalg.svd(matrix if side == RIGHT else matrix.t(), full_matrices=False)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError as error:
         _log.warning("the SVD of a %s gradient failed, the old basis stays: %s", list(gradient.shape), error)
         return None
     energies = values.double().square()
+    vectors = right if side == RIGHT else left.t()
     return Basis(vectors[:rank].contiguous(), energy=(energies[:rank].sum() / energies.sum()).item())
 
 

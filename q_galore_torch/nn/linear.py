@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from q_galore_torch import ops
 from q_galore_torch.nn import leaf as leaves
+from q_galore_torch.nn import public_weights
 from q_galore_torch.nn.activations import projects
 from q_galore_torch.nn.backward import LinearFunction
 from q_galore_torch.nn.leaf import ZeroLeaf, ZeroWeight
@@ -283,7 +284,15 @@ class QGaLoreLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Loads codes, or quantises a float ``weight`` from a checkpoint of the unprepared model."""
+        """Loads codes, the public code's too, or quantises a float ``weight`` from one of the unprepared model."""
+        if public_weights.is_public(state_dict, prefix):
+            try:
+                public_weights.convert(state_dict, prefix)
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return
+            if self.weight_bits is None:
+                state_dict[prefix + "weight"] = public_weights.decoded(state_dict, prefix)
         saved, key = state_dict.pop(prefix + "group_size", None), prefix + "weight"
         if self.weight_bits is not None and prefix + "qweight" in state_dict and saved is not None:
             if int(saved) != self.group_size:

@@ -19,11 +19,12 @@ from q_galore_torch import ops
 from q_galore_torch.integrations.distributed import check_replicas, reduce_stashes
 from q_galore_torch.nn.binding import Binding
 from q_galore_torch.nn.leaf import ZeroLeaf, ZeroWeight, bind, check_untouched, layer_of, refuse_elsewhere
-from q_galore_torch.optim import options, schedule
+from q_galore_torch.optim import options, public_state, schedule
 from q_galore_torch.optim.finite import Unread, asynchronous, keep_finite
 from q_galore_torch.optim.state import (
     UNMEASURED,
     checked_groups,
+    checked_lengths,
     checked_state,
     new_state,
     placed,
@@ -398,7 +399,9 @@ class QGaLoreAdamW8bit(Optimizer):
         Low-rank layers lose their gradients, which are coordinates in the bases that are replaced.
 
         Args:
-            state_dict: from :meth:`state_dict` of an optimizer with the same parameters in the same groups.
+            state_dict: from :meth:`state_dict` of an optimizer with the same parameters in the same groups. That of
+                bitsandbytes' AdamW8bit, ``torch.optim.AdamW`` or the public Q-GaLore code is converted where no
+                parameter is projected; see :func:`q_galore_torch.utils.setup.load_optimizer_state`.
 
         Raises:
             ValueError: groups or shapes differ; nothing is loaded then.
@@ -411,6 +414,8 @@ class QGaLoreAdamW8bit(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        if public_state.is_public(state_dict):
+            state_dict = public_state.converted(self, state_dict)
         groups, sources = self._checked(state_dict)
         self._unread.forget()
         for parameter, key, device in sources:  # one by one: two copies of all would not fit beside a large model
@@ -427,9 +432,7 @@ class QGaLoreAdamW8bit(Optimizer):
     def _checked(self, state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], list[tuple[Any, Any, torch.device]]]:
         """New groups from a state dict, and where each state is found and goes, after checking all of it."""
         saved_groups = checked_groups(state_dict)
-        have, got = ([len(g["params"]) for g in groups] for groups in (self.param_groups, saved_groups))
-        if have != got:
-            raise ValueError(f"the saved groups have {got} parameters, this optimizer's {have}")
+        checked_lengths(self.param_groups, saved_groups)
         groups, sources = [], []
         for index, (own, saved) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
             kept: dict[str, Any] = {key: own[key] for key in ("params", "param_names") if key in own}

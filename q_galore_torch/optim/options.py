@@ -290,7 +290,7 @@ def _refuse_unknown(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
 
 def _check_projected(options: dict[str, Any]) -> dict[str, Any]:
-    options["proj_format"], options["proj_block"] = _projector_format(options)
+    options["proj_format"], options["proj_block"] = projector_format(options)
     if options.get("lazy_rule") == "upstream" and options.get("subspace") not in (None, "svd"):
         raise _refuse("subspace", options["subspace"], "'svd' under lazy_rule='upstream', which compares these")
     checked = _check_values(options)
@@ -326,8 +326,12 @@ def _warn_once(message: str) -> None:
     _log.warning(message)
 
 
-def _projector_format(options: dict[str, Any]) -> tuple[str, int]:
-    """proj_format and proj_block from whichever names were given; those are taken out of the options."""
+def projector_format(options: dict[str, Any]) -> tuple[str, int]:
+    """proj_format and proj_block from whichever names were given; those are taken out of the options.
+
+    Raises:
+        ValueError: two kinds of names were given, or a value is out of range.
+    """
     given = [{key: options.pop(key) for key in kind if key in options} for kind in _FORMAT_KEYS]
     named = [next(iter(keys)) for keys in given if keys]
     if len(named) > 1:

@@ -172,7 +172,7 @@ def decoded_bases(state: dict[str, Any], group: dict[str, Any], shapes: Projecti
 def _advance(state: dict[str, Any], group: dict[str, Any], step: int, gap: int, first_vector: Tensor) -> None:
     if group["lazy_rule"] == "upstream":
         state["last_due"] = step // gap * gap
-        _stretch_upstream(state, group, first_vector)
+        stretch_upstream(state, group, first_vector)
     elif state["refreshes"] == 0:
         state["last_due"] = subspace.next_phase_step(step, state["phase"], gap) - gap
     else:  # a retry does not move the dates
@@ -237,8 +237,14 @@ def _queued(state: dict[str, Any], group: dict[str, Any], similarity: float) -> 
     return queue, len(queue) == group["queue_size"]
 
 
-def _stretch_upstream(state: dict[str, Any], group: dict[str, Any], vector: Tensor) -> None:
-    """The public code's rule: signed cosine of the first vector, a queue that is never cleared, no cap."""
+def stretch_upstream(state: dict[str, Any], group: dict[str, Any], vector: Tensor) -> None:
+    """The public code's rule: signed cosine of the first vector, a queue that is never cleared, no cap.
+
+    Args:
+        state: holds ``gap``, ``queue``, ``past_vector`` (empty before the first basis) and ``measured``, which change.
+        group: holds ``cos_threshold``, ``gamma_proj`` and ``queue_size``.
+        vector: the first one of a new basis, float32 [d].
+    """
     past, state["past_vector"] = state["past_vector"], vector.clone()
     if past.numel() == 0:
         return

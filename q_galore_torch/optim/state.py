@@ -262,6 +262,13 @@ def checked_groups(state_dict: Any) -> list[dict[str, Any]]:
     return groups
 
 
+def checked_lengths(own: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """Raise ValueError where saved groups do not have as many parameters as the optimizer's."""
+    have, got = ([len(g["params"]) for g in groups] for groups in (own, saved))
+    if have != got:
+        raise ValueError(f"the saved groups have {got} parameters, this optimizer's {have}")
+
+
 def checked_state(saved: dict[str, Any], template: dict[str, Any], name: str) -> None:
     """Raise ValueError where a saved state does not fit the parameter it is loaded for.
 

@@ -1,1 +1,1 @@
-"""The public Q-GaLore's import paths: thin adapters over :mod:`q_galore_torch.nn`."""
+"""The public Q-GaLore's helper modules under their import names: thin adapters."""
