@@ -293,6 +293,11 @@ def param_groups(model: nn.Module, rank: int | None = None, **options: Any) -> l
     return groups
 
 
+def is_prepared(model: nn.Module) -> bool:
+    """Whether :func:`prepare_model` has been at a model."""
+    return any(isinstance(module, QGaLoreLinear) or hasattr(module, _MARK) for module in model.modules())
+
+
 def _weight_shape(module: nn.Module) -> tuple[int, int]:
     assert isinstance(module, (nn.Linear, QGaLoreLinear))
     return module.out_features, module.in_features
