@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from q_galore_torch.nn import QGaLoreLinear, param_groups, prepare_model
 from q_galore_torch.nn.activations import keeps_input
-from q_galore_torch.nn.convert import _MARK
+from q_galore_torch.nn.convert import is_prepared
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.optim import QGaLoreAdamW8bit
 from q_galore_torch.optim.options import PROJECTED
@@ -171,7 +171,7 @@ def plan_memory(
         raise ValueError(f"clipping must be one of {listed(allowed)} with per_layer={per_layer}, got {clipping!r}")
     shapes, shape = _shapes(model, dtype)
     given = _sorted_options(options)
-    if _is_prepared(shapes):
+    if is_prepared(shapes):
         for key, value in given.prepare.items():
             raise ValueError(f"{key}={value!r} has no meaning for a model that is prepared already")
     elif rank is None:
@@ -215,10 +215,6 @@ def _shape_of(model: nn.Module) -> LlamaShape | None:
         return read_shape(values)
     except ValueError:
         return None
-
-
-def _is_prepared(model: nn.Module) -> bool:
-    return any(isinstance(module, QGaLoreLinear) or hasattr(module, _MARK) for module in model.modules())
 
 
 class _Options(NamedTuple):

@@ -24,6 +24,8 @@ _ALL = "all-linear"
 _MARK = "_q_galore"
 # Modules that read .weight of their linear children themselves, in a fused path that never calls the child.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+# PEFT's layers, which write to .weight of their children when adapters are merged.
+_ADAPTERS = {("peft", "BaseTunerLayer"), ("peft", "AuxiliaryTrainingWrapper")}
 
 
 def prepare_model(
@@ -43,7 +45,7 @@ def prepare_model(
 
     Args:
         model: any module. Only children whose type is exactly ``nn.Linear`` are converted; one that is registered twice
-            is converted once.
+            is converted once. What is inside of PEFT's layers (adapters and the weights that they adapt) is left alone.
         rank: number of basis vectors r; clipped to min(m, n).
         target_modules: substrings of qualified names (default ``("attn", "mlp")``), or one string: ``"all-linear"``
             (every linear layer but the output head) or a regular expression that the whole name must match.
@@ -184,11 +186,13 @@ def _targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str,
         head, pattern = None, None
     if isinstance(model, nn.Linear):
         raise ValueError("the model is itself a linear layer: wrap it in a module")
-    targets, readers = {}, {}
+    targets, readers, adapters = {}, {}, []
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _READERS):
             readers[name] = type(module).__name__
-        if not isinstance(module, nn.Linear):
+        if _is_adapter(module):
+            adapters.append(f"{name}.")
+        if not isinstance(module, nn.Linear) or name.startswith(tuple(adapters)):
             continue
         if target_modules == _ALL:
             wanted = module is not head and (type(module) is nn.Linear or _is_computed(module))
@@ -224,6 +228,11 @@ def _is_computed(module: nn.Module) -> bool:
     if is_parametrized(module):
         return type(module).__mro__[1] is nn.Linear
     return type(module) is nn.Linear and set(module._parameters) != {"weight", "bias"}
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    """Whether a module is one of PEFT's layers, which is told without importing PEFT."""
+    return any((kind.__module__.partition(".")[0], kind.__name__) in _ADAPTERS for kind in type(module).__mro__)
 
 
 def _refuse_hooks(name: str, module: nn.Module) -> None:
@@ -307,6 +316,10 @@ def param_groups(model: nn.Module, rank: int | None = None, **options: Any) -> l
             raise ValueError(f"proj_type must be {mark['proj_type']!r}, with which {name} was prepared, got {given!r}")
         matrices[id(parameter)] = (parameter, name, (mark["rank"], mark["proj_type"]))
     if not matrices:
+        if is_prepared(model):
+            raise ValueError(
+                "all prepared layers of the model are frozen: give the optimizer the parameters that train"
+            )
         raise ValueError("the model has no trainable prepared layer: call prepare_model first")
     rest = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in matrices]
     groups: list[dict[str, Any]] = []
@@ -318,6 +331,11 @@ def param_groups(model: nn.Module, rank: int | None = None, **options: Any) -> l
         shape = {"rank": kind[0], "proj_type": kind[1]}
         groups.append({"params": [p for p, _ in members], "param_names": names, **shape, **options})
     return groups
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether :func:`prepare_model` has been at a model."""
+    return any(isinstance(module, QGaLoreLinear) or hasattr(module, _MARK) for module in model.modules())
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, int]:

@@ -56,9 +56,14 @@ def number(low: float, high: float, allowed: str, *, integer: bool = False, open
 
 
 def choice(*values: Any, later: Mapping[Any, str] | None = None) -> Check:
-    """A check for one of ``values``; values in ``later`` are known, but refused with the reason given."""
+    """A check for one of ``values``; values in ``later`` are known, but refused with the reason given.
+
+    A string that spells one of the integers among them is parsed.
+    """
+    spelt = {str(v): v for v in values if isinstance(v, int) and not isinstance(v, bool)}
 
     def check(key: str, value: Any) -> Any:
+        value = spelt.get(value, value) if isinstance(value, str) else value
         for known, why in (later or {}).items():
             if type(value) is type(known) and value == known:
                 raise ValueError(f"{key}={value!r} {why}; allowed: {_listed(values)}")

@@ -77,6 +77,11 @@ def enable_per_layer(
     Source: algorithm of GaLore's per-layer weight updates (arXiv 2403.03507, section 4.3); accumulation, clipping and
     the order of refreshes are this package's own.
     """
+    if isinstance(getattr(optimizer, "optimizer", None), QGaLoreAdamW8bit):
+        raise TypeError(
+            f"per-layer updates are for plain loops, got a {type(optimizer).__name__}: accelerate and the Trainer "
+            "clip, accumulate and schedule around the ordinary step(), which they call"
+        )
     if not isinstance(optimizer, QGaLoreAdamW8bit):
         raise TypeError(f"optimizer must be a QGaLoreAdamW8bit, got {type(optimizer).__name__}")
     if not isinstance(accumulation_steps, int) or isinstance(accumulation_steps, bool) or accumulation_steps < 1:
