@@ -34,7 +34,10 @@ _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 READ_AT_ONCE = 2**26
 _PIECE = 2**24
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SHARD = re.compile(r"\.?model-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors(\.tmp)?")
+# What is written here, whole or left by a writer that was killed: shards and indexes by their mark.
+_SHARD = re.compile(
+    r"\.?model-\d{5}-of-\d{5}-[0-9a-f]{16}\.safetensors(\.tmp)?|\.model\.safetensors\.index\.json\.[0-9a-f]{16}\.tmp"
+)
 
 
 def parse_size(value: int | str) -> int:
