@@ -174,7 +174,7 @@ class _Loading:
         if dtype != tensor.dtype and not (dtype.is_floating_point and tensor.is_floating_point()):
             raise ValueError(f"{name} must be {tensor.dtype}, as in the model, and is {dtype}")
         if self._is_new(name, tensor, stored):
-            self.writes.append(lambda: tensor.copy_(self._reader.read(stored)))
+            self.writes.append(lambda: self._reader.copy_to(stored, tensor))
 
     def _find_codes(self, prefix: str, layer: QGaLoreLinear) -> None:
         """The weight of an INT8 layer: codes as they are stored, or quantised."""

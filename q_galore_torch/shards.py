@@ -281,12 +281,29 @@ class ShardReader:
 
     def read(self, name: str) -> Tensor:
         """A tensor in the mapping: to be copied from and let go of, or its pages stay in memory."""
+        tensor: Tensor = self._asked(name, lambda file: file.get_tensor(name))
+        self._count(tensor)
+        return tensor
+
+    def copy_to(self, name: str, target: Tensor) -> None:
+        """Copy a tensor into one of its shape, a large one some rows at a time."""
+        rows = target.shape[0] if target.dim() else 0
+        size = self.kind(name)[0].itemsize * target.numel()
+        if rows < 2 or size <= READ_AT_ONCE:
+            target.copy_(self.read(name))
+            return
+        step = max(1, rows * READ_AT_ONCE // size)
+        for begin in range(0, rows, step):
+            part: Tensor = self._asked(name, lambda file, b=begin: file.get_slice(name)[b : b + step])
+            self._count(part)
+            target[begin : begin + step].copy_(part)
+
+    def _count(self, tensor: Tensor) -> None:
+        """Let go of the mappings when enough was read; what is in use keeps its own."""
+        self._read += tensor.nbytes
         if self._read >= READ_AT_ONCE:
             self._open.clear()
             self._read = 0
-        tensor: Tensor = self._asked(name, lambda file: file.get_tensor(name))
-        self._read += tensor.nbytes
-        return tensor
 
     def _asked(self, name: str, ask: Any) -> Any:
         path = self._folder / self._files[name]
