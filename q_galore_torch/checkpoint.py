@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,13 @@ from q_galore_torch import ops
 from q_galore_torch.nn.linear import QGaLoreLinear
 from q_galore_torch.shards import (
     INDEX,
-    SINGLE,
     ShardReader,
     check_files,
     distinct,
     parse_size,
     place,
     read_index,
+    refuse_others,
     write_checkpoint,
 )
 
@@ -58,25 +57,6 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], max_shard_size:
     path.mkdir(parents=True, exist_ok=True)
     refuse_others(path, FORMAT)
     write_checkpoint(path, tensors, most, {"format": FORMAT, "format_version": VERSION, "aliases": aliases})
-
-
-def refuse_others(folder: Path, written_as: str) -> None:
-    """A model of another writer is neither overwritten nor left where readers would take it for the new one.
-
-    Raises:
-        FileExistsError: there is one.
-    """
-    found = folder / SINGLE
-    if not found.exists():
-        found = folder / INDEX
-        if not found.exists():
-            return
-        try:
-            if json.loads(found.read_text(encoding="utf-8"))["metadata"]["format"] == written_as:
-                return
-        except (ValueError, KeyError, TypeError):
-            pass
-    raise FileExistsError(f"{found} was not written by this function: delete it or choose another folder")
 
 
 def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -88,6 +88,25 @@ def place(name: str, tensor: Tensor) -> tuple[Any, ...]:
 # ------------------------------------------------------------ writing
 
 
+def refuse_others(folder: Path, written_as: str) -> None:
+    """A model of another writer is neither overwritten nor left where readers would take it for the new one.
+
+    Raises:
+        FileExistsError: there is one.
+    """
+    found = folder / SINGLE
+    if not found.exists():
+        found = folder / INDEX
+        if not found.exists():
+            return
+        try:
+            if json.loads(found.read_text(encoding="utf-8"))["metadata"]["format"] == written_as:
+                return
+        except (ValueError, KeyError, TypeError):
+            pass
+    raise FileExistsError(f"{found} was not written by this function: delete it or choose another folder")
+
+
 def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], most: int, metadata: Mapping[str, Any]) -> None:
     """Write shards and index, then remove the shards of the checkpoint that they replace.
 
