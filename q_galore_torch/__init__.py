@@ -1,5 +1,6 @@
 """Q-GaLore for PyTorch: INT8 weights, quantised low-rank projections, 8-bit Adam and a low-rank backward."""
 
+from q_galore_torch.checkpoint import load_model, save_model
 from q_galore_torch.memory import MemoryPlan, plan_memory
 from q_galore_torch.nn import QGaLoreLinear, export_model, num_parameters, param_groups, prepare_model
 from q_galore_torch.optim import NonFiniteGradientError, QGaLoreAdamW8bit
@@ -18,8 +19,10 @@ __all__ = [
     "clip_grad_norm_",
     "enable_per_layer",
     "export_model",
+    "load_model",
     "num_parameters",
     "param_groups",
     "plan_memory",
     "prepare_model",
+    "save_model",
 ]
