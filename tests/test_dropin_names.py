@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +38,21 @@ def decoded(layer: QGaLoreLinear) -> Tensor:
 def test_old_module_names_the_same_class() -> None:
     assert q_galore_adamw8bit.AdamW8bit is qg.QGaLoreAdamW8bit
     assert q_galore_adamw8bit.F is None
+
+
+def test_the_migration_of_the_docs_runs() -> None:
+    """Both halves train the model, and take the options that they show."""
+    page = (Path(__file__).parents[1] / "docs" / "dropin.md").read_text()
+    before, after = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    for half in (before, after):
+        names: dict[str, Any] = {"model": Model(), "args": ARGS}
+        exec(compile(half, "docs/dropin.md", "exec"), names)
+        start = values(names["model"])
+        names["model"](batch(0)).backward()
+        names["opt"].step()
+        assert names["opt"].param_groups[1]["rank"] >= 32 and names["opt"].param_groups[1]["scale"] == 0.25
+        norm = names["model"].norm.weight
+        assert not torch.equal(norm, start["norm.weight"])
 
 
 # ---------------------------------------------------------------- the layer

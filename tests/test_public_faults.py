@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -57,6 +58,13 @@ def float_weight(value: Tensor, **group: Any) -> tuple[nn.Parameter, QGaLoreAdam
     weight = nn.Parameter(value.clone())
     options = {"lr": 0.01, "weight_decay": 0.0, **group}
     return weight, QGaLoreAdamW8bit([{"params": [weight], **EXACT, **options}])
+
+
+def test_every_fault_of_the_page_has_a_test() -> None:
+    page = (ROOT / "docs" / "dropin.md").read_text()
+    told = {int(number) for number in re.findall(r"^\| (\d+) \|", page, re.M)}
+    tested = {int(name.split("_")[2]) for name in globals() if name.startswith("test_fault_")}
+    assert told == tested == set(range(1, 16))
 
 
 # ---------------------------------------------------------------- 1, 2: installing and importing
