@@ -129,10 +129,11 @@ def test_prepare_converts_the_named_children_in_place() -> None:
         assert torch.allclose(value, before[name], rtol=0, atol=tolerance), name
 
 
-def test_prepare_compares_whole_child_names() -> None:
-    """'proj' is a part of every name and the name of none."""
-    with pytest.raises(ValueError, match=r"target_module=\['proj'\] names no nn.Linear of the model"):
-        prepare_model_for_int8_training(Model(), ARGS, ["proj"])
+@pytest.mark.parametrize("other", ["proj", "my_q_proj", "q_proj_", "self_attn.q_proj"])
+def test_prepare_compares_whole_child_names(other: str) -> None:
+    """Neither a part of a name nor a name with more around it, nor a path."""
+    with pytest.raises(ValueError, match=rf"target_module=\['{other}'\] names no nn.Linear of the model"):
+        prepare_model_for_int8_training(Model(), ARGS, [other])
 
 
 def test_prepare_keeps_bias_hooks_mode_and_frozen_layers() -> None:

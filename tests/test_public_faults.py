@@ -287,6 +287,8 @@ def test_fault_8_the_gap_is_bounded_and_the_queue_cleared() -> None:
     gaps = gaps_of([STEADY] * 150)
     stretches = [i for i in range(1, 150) if gaps[i] > gaps[i - 1]]
     assert max(gaps) == 32 and len(stretches) == 4
+    # Two similarities for each stretch, so two refreshes at the gap that it had.
+    assert all(later - at >= 2 * gaps[at] for at, later in zip(stretches, stretches[1:], strict=False))
     old, step = 2, 0
     while step < 150:  # similarities of 1 in a queue that is always full
         step += old
