@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +38,21 @@ def decoded(layer: QGaLoreLinear) -> Tensor:
 def test_old_module_names_the_same_class() -> None:
     assert q_galore_adamw8bit.AdamW8bit is qg.QGaLoreAdamW8bit
     assert q_galore_adamw8bit.F is None
+
+
+def test_the_migration_of_the_docs_runs() -> None:
+    """Both halves train the model, and take the options that they show."""
+    page = (Path(__file__).parents[1] / "docs" / "dropin.md").read_text()
+    before, after = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    for half in (before, after):
+        names: dict[str, Any] = {"model": Model(), "args": ARGS}
+        exec(compile(half, "docs/dropin.md", "exec"), names)
+        start = values(names["model"])
+        names["model"](batch(0)).backward()
+        names["opt"].step()
+        assert names["opt"].param_groups[1]["rank"] >= 32 and names["opt"].param_groups[1]["scale"] == 0.25
+        norm = names["model"].norm.weight
+        assert not torch.equal(norm, start["norm.weight"])
 
 
 # ---------------------------------------------------------------- the layer
@@ -112,10 +129,11 @@ def test_prepare_converts_the_named_children_in_place() -> None:
         assert torch.allclose(value, before[name], rtol=0, atol=tolerance), name
 
 
-def test_prepare_compares_whole_child_names() -> None:
-    """'proj' is a part of every name and the name of none."""
-    with pytest.raises(ValueError, match=r"target_module=\['proj'\] names no nn.Linear of the model"):
-        prepare_model_for_int8_training(Model(), ARGS, ["proj"])
+@pytest.mark.parametrize("other", ["proj", "my_q_proj", "q_proj_", "self_attn.q_proj"])
+def test_prepare_compares_whole_child_names(other: str) -> None:
+    """Neither a part of a name nor a name with more around it, nor a path."""
+    with pytest.raises(ValueError, match=rf"target_module=\['{other}'\] names no nn.Linear of the model"):
+        prepare_model_for_int8_training(Model(), ARGS, [other])
 
 
 def test_prepare_keeps_bias_hooks_mode_and_frozen_layers() -> None:

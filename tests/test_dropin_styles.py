@@ -152,6 +152,14 @@ def test_public_per_layer_loop_trains_every_parameter() -> None:
     assert_learns(public_model(), public_loop_per_layer)
 
 
+def test_public_loop_trains_in_ddp_of_one_process(process_group: None) -> None:
+    """What torchrun starts without --single_gpu."""
+    model = public_model()
+    wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    groups, _ = public_groups(model)
+    assert_learns(model, lambda _: public_loop(wrapped, groups=groups))
+
+
 def test_public_per_layer_loop_leaves_no_gradient_behind() -> None:
     model = public_model()
     optimizers = public_loop_per_layer(model, 2)
