@@ -9,7 +9,7 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -95,6 +95,8 @@ class QGaLoreAdamW8bit(Optimizer):
         >>> opt.step()
     """
 
+    _projected_defaults: ClassVar[dict[str, Any]] = {}  # of a subclass, where they are not those of options.PROJECTED
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -140,7 +142,7 @@ class QGaLoreAdamW8bit(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        group = options.check_group(param_group, self.defaults)
+        group = options.check_group(param_group, self.defaults, self._projected_defaults)
         _agree_on_names(group, self.param_groups)
         before = len(self.param_groups)
         super().add_param_group(group)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from numbers import Real
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -223,12 +224,15 @@ def check_constructor(given: Mapping[str, Any]) -> dict[str, Any]:
     return checked
 
 
-def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def check_group(
+    group: Mapping[str, Any], defaults: Mapping[str, Any], projected: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """A parameter group with canonical options: other projects' format keys become ``proj_format`` and ``proj_block``.
 
     Args:
         group: the user's group.
         defaults: the constructor's values of the ``COMMON`` options.
+        projected: the class's own defaults of ``PROJECTED`` options, default none.
 
     Returns:
         A new dict. A group with a rank holds every key of ``PROJECTED``; one without holds ``rank`` None alone.
@@ -251,7 +255,9 @@ def check_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[s
             key = next(iter(options))
             raise ValueError(f"{key}={options[key]!r} needs a rank: it has no meaning in a group without one")
         return {**checked, "rank": None}
-    return {**checked, **_check_projected(options)}
+    named = any(key in options for kind in _FORMAT_KEYS for key in kind if key != "proj_block")
+    own = {key: value for key, value in projected.items() if not (named and key == "proj_format")}
+    return {**checked, **_check_projected({**own, **options})}
 
 
 def check_saved(group: dict[str, Any]) -> None:
