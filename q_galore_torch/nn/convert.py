@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from q_galore_torch.nn.initialize import initialized_modules
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.nn.linear import QGaLoreLinear, check_layer_options
 from q_galore_torch.nn.simulate import QLinear
+from q_galore_torch.progress import shown
 from q_galore_torch.subspace import side_of
 
 _log = logging.getLogger(__name__)
@@ -132,7 +134,7 @@ def _convert(model: nn.Module, targets: dict[str, nn.Linear], convert: Callable[
     trained = [(linear.weight, linear.weight.requires_grad) for linear in targets.values()]
     converted: dict[int, nn.Module] = {}
     try:
-        for name, linear in targets.items():
+        for name, linear in shown(targets.items(), "preparing", len(targets)):
             if id(linear.weight) not in converted:
                 converted[id(linear.weight)] = convert(name, linear)
     except Exception:
@@ -152,7 +154,7 @@ def _convert_initialized(
     """Replace each target as soon as it and those that share its weight are initialised, and let go of it."""
     names = _names_at_last_module(targets)
     targets.clear()
-    for module in modules:
+    for module in shown(modules, "preparing", sum(1 for _ in model.modules())):
         own = names.pop(id(module), [])
         if own:
             new = convert(own[0], cast(nn.Linear, module))
@@ -187,6 +189,7 @@ def _targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str,
     if isinstance(model, nn.Linear):
         raise ValueError("the model is itself a linear layer: wrap it in a module")
     targets, readers, adapters = {}, {}, []
+    other: Counter[str] = Counter()
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _READERS):
             readers[name] = type(module).__name__
@@ -214,10 +217,14 @@ def _targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str,
                 "a parametrization); remove that first"
             )
         if type(module) is not nn.Linear:
-            _log.info("%s is a %s, not an nn.Linear: left as it is", name, type(module).__name__)
+            other[type(module).__name__] += 1
             continue
         _refuse_hooks(name, module)
         targets[name] = module
+    for kind, count in other.items():
+        _log.warning(
+            "%d layers that target_modules matches are of type %s, not nn.Linear: left as they are", count, kind
+        )
     if not targets:
         raise ValueError(f"target_modules={target_modules!r} matches no nn.Linear of the model")
     return targets
@@ -357,10 +364,8 @@ def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     Returns:
         A new model that knows nothing of this package (``save_pretrained`` works where it did before).
     """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, (QGaLoreLinear, QLinear)):
-            memo[id(module)] = _ordinary(module)
+    layers = [module for module in model.modules() if isinstance(module, (QGaLoreLinear, QLinear))]
+    memo: dict[int, Any] = {id(layer): _ordinary(layer) for layer in shown(layers, "exporting", len(layers))}
     exported = copy.deepcopy(model, memo)
     for module in exported.modules():
         module.__dict__.pop(_MARK, None)

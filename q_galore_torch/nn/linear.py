@@ -354,11 +354,16 @@ class QGaLoreLinear(nn.Module):
         return LinearFunction.apply(x, self.leaf, self.bias, self.qweight, self.scales, self.zeros, self, project)
 
     def extra_repr(self) -> str:
-        """The options that differ between layers."""
+        """Shapes, what is projected, and how weight and gradient are stored."""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        if self.rank is not None:
+            side = {RIGHT: "right", FULL: "both"}.get(self.side, "left")
+            text += f", rank={self.rank}, proj_type={self.proj_type} ({side})"
         if self.grad_mode == "low_rank":
-            text += f", rank={self.rank}"
-        stored = "float" if self.weight_bits is None else f"{self.weight_bits} bits, group_size={self.group_size}"
+            text += f", R={list(self.leaf.shape)} " + str(self.leaf.dtype).removeprefix("torch.")
+        stored = f"{self.weight_bits} bits, group_size={self.group_size}"
+        if self.weight_bits is None:
+            stored = str(self.compute_dtype).removeprefix("torch.")
         return f"{text}, weight={stored}, grad_mode={self.grad_mode}"
 
 

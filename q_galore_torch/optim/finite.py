@@ -46,6 +46,7 @@ def keep_finite(work: list[Work], outcome: str) -> tuple[list[Work], list[float]
         NonFiniteGradientError: under ``nonfinite="raise"``, naming the parameter.
     """
     kept, sizes = [], []
+    sentence, skipped = "", []
     for item, size in zip(work, _absmax([item.gradient for item in work]), strict=True):
         excess = _excess(size, _limit(item))
         if not excess:
@@ -56,7 +57,10 @@ def keep_finite(work: list[Work], outcome: str) -> tuple[list[Work], list[float]
             item.parameter.binding.drop()
         if item.group["nonfinite"] == "raise":
             raise NonFiniteGradientError(f"the gradient of {item.name} {excess}; {outcome}")
-        _log.warning("the gradient of %s %s: left alone in this step", item.name, excess)
+        sentence = sentence or f"the gradient of {item.name} {excess}: left alone in this step"
+        skipped.append(item.name)
+    if skipped:
+        _log.warning("%s%s", sentence, _also(skipped[1:]))
     return kept, sizes
 
 
@@ -145,6 +149,7 @@ class Unread:
         if wait:
             self.send()
         sentences, names = [], []
+        logged, skipped = [], []
         while self._coming and (wait or arrived(self._coming[0][2])):
             asked, largest, event = self._coming.popleft()
             if event is not None:
@@ -155,7 +160,10 @@ class Unread:
                     sentences.append(f"the gradient of {one.name} {excess}; its step {one.step} left it alone")
                     names.append(one.name)
                 elif excess:
-                    _log.warning("the gradient of %s %s: left alone in its step %d", one.name, excess, one.step)
+                    logged.append(f"the gradient of {one.name} {excess}: left alone in its step {one.step}")
+                    skipped.append(one.name)
+        if logged:
+            _log.warning("%s%s", logged[0], _also(skipped[1:]))
         if sentences:
             raise NonFiniteGradientError(f"{sentences[0]} and updated the others{_also(names[1:])}")
 
@@ -166,7 +174,7 @@ class Unread:
 
 
 def _also(names: list[str]) -> str:
-    """What an error says of the parameters that it does not describe."""
+    """What an error or warning says of the parameters that it does not describe."""
     if not names:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

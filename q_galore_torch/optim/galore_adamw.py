@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,7 @@ from q_galore_torch.integrations.distributed import check_replicas, reduce_stash
 from q_galore_torch.nn.binding import Binding
 from q_galore_torch.nn.leaf import ZeroLeaf, ZeroWeight, bind, check_untouched, layer_of, refuse_elsewhere
 from q_galore_torch.optim import options, public_state, schedule
+from q_galore_torch.optim.describe import describe
 from q_galore_torch.optim.finite import Unread, asynchronous, keep_finite
 from q_galore_torch.optim.state import (
     UNMEASURED,
@@ -33,7 +34,7 @@ from q_galore_torch.optim.state import (
     target_of,
 )
 from q_galore_torch.optim.update import Work, checked_gradient, is_low_rank, update
-from q_galore_torch.subspace import first_refresh_steps, matrix_shape
+from q_galore_torch.subspace import first_refresh_steps
 
 if TYPE_CHECKING:
     from q_galore_torch.optim.per_layer import PerLayer
@@ -126,8 +127,12 @@ class QGaLoreAdamW8bit(Optimizer):
         self._unread = Unread()
         super().__init__(params, {key: checked[key] for key in (*options.COMMON, *options.KEPT)})
         self._ready = True
+        self._say_clipped(self.param_groups)
         self._plan_first_refreshes([p for group in self.param_groups for p in group["params"]])
         self._bind()
+
+    def __repr__(self) -> str:
+        return describe(type(self).__name__, self.param_groups, self.state)
 
     # ------------------------------------------------------------ groups
 
@@ -155,21 +160,28 @@ class QGaLoreAdamW8bit(Optimizer):
             raise
         self.state.update(created)
         if self._ready:
+            self._say_clipped(self.param_groups[-1:])
             self._plan_first_refreshes(group["params"])
             self._bind()
+
+    def _say_clipped(self, groups: list[dict[str, Any]]) -> None:
+        clipped: Counter[int] = Counter()
+        for group in groups:
+            ranks = [] if group["rank"] is None else [projection_of(self.state[p]).rank for p in group["params"]]
+            clipped[group["rank"]] += sum(rank < group["rank"] for rank in ranks)
+        for rank, count in clipped.items():
+            if count:
+                _log.warning("rank %d is larger than the shorter side of %d matrices: clipped", rank, count)
 
     def _create_states(self, group: dict[str, Any], index: int) -> dict[Tensor, dict[str, Any]]:
         states = list(self.state.values())
         next_id = max((1 + s["id"] for s in states), default=_first_id(group["params"]))
         next_number = 1 + max((s["number"] for s in states if "number" in s), default=-1)
         created: dict[Tensor, dict[str, Any]] = {}
-        clipped = 0
         for position, parameter in enumerate(group["params"]):
             name = _name(group, index, position)
             target = target_of(parameter, name)
             refuse_parameter(parameter, target, group, name)
-            if group["rank"] is not None:
-                clipped += group["rank"] > min(matrix_shape(target.weight.shape))
             created[parameter] = new_state(
                 target,
                 group,
@@ -179,8 +191,6 @@ class QGaLoreAdamW8bit(Optimizer):
             )
             next_id += 1
             next_number += group["rank"] is not None
-        if clipped:
-            _log.warning("rank %d is larger than the shorter side of %d matrices: clipped", group["rank"], clipped)
         return created
 
     def _plan_first_refreshes(self, parameters: list[Tensor]) -> None:
