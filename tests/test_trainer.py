@@ -227,7 +227,7 @@ def test_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
 @EVERY_MODE
 @pytest.mark.parametrize("bf16", [False, True])
 def test_exported_model_is_one_of_transformers(mode: str, bf16: bool, tmp_path: Path) -> None:
-    """accelerate puts a forward of its own, under autocast, into a model that trains with bf16; it is taken out here."""
+    """accelerate puts a forward under autocast into a model that trains with bf16; it is taken out here."""
     trainer = run(mode, arguments(tmp_path, bf16=bf16, max_steps=2))
     exported = qg.export_model(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
     exported.save_pretrained(tmp_path / "exported")

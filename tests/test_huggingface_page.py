@@ -1,0 +1,93 @@
+"""The code of docs/huggingface.md as it stands there, with a tiny model and data."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("lightning")
+
+from accelerate.state import AcceleratorState
+from transformers import BertForSequenceClassification
+
+import q_galore_torch as qg
+from trainer_support import bert, sentences
+
+PAGE = (Path(__file__).parents[1] / "docs" / "huggingface.md").read_text()
+
+
+def code_of(heading: str) -> list[str]:
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+    return re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+
+
+def batches() -> Any:
+    return DataLoader(sentences(8), batch_size=4)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_trainer_of_the_page_trains_resumes_and_exports(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"model": bert(), "dataset": sentences(8)}
+    exec(code_of("One line")[0], names)
+    groups = names["trainer"].optimizer.param_groups
+    assert [(g["rank"], g["weight_decay"]) for g in groups] == [(None, 0.1), (None, 0.0), (64, 0.1)]
+    assert names["trainer"].state.global_step == 3
+    names["model"] = bert()
+    exec(code_of("Resume")[0], names)
+    assert {entry["step"] for entry in names["trainer"].optimizer.optimizer.telemetry()} == {5}
+    exec(code_of("Export")[0], names)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "trained").eval()
+    tokens = sentences(2)[0]["input_ids"][None]
+    assert torch.equal(loaded(tokens).logits, names["exported"].eval()(tokens).logits)
+
+
+def test_float_model_of_the_page_trains() -> None:
+    first, second = code_of("One line")
+    imports = "".join(line for line in first.splitlines(True) if "import" in line)
+    names: dict[str, Any] = {"model": bert(), "dataset": sentences(8)}
+    exec(imports + second, names)
+    names["trainer"].train()
+    groups = names["trainer"].optimizer.param_groups
+    assert [(group["rank"], group.get("scale")) for group in groups] == [(None, None), (None, None), (128, 0.25)]
+
+
+def test_galore_arguments_of_the_page_project(tmp_path: Path) -> None:
+    (settings,) = re.findall(r"TrainingArguments\(\.\.\., (optim=.*)\)\n", PAGE)
+    names: dict[str, Any] = {"model": bert(), "dataset": sentences(8)}
+    exec(
+        "from transformers import Trainer, TrainingArguments\nfrom q_galore_torch.integrations.transformers import trainer_kwargs",
+        names,
+    )
+    exec(f"args = TrainingArguments(output_dir='run', {settings})", names)
+    (line,) = re.findall(r"^\+(trainer = .*)$", PAGE, re.M)
+    exec(line, names)
+    assert [g["rank"] for g in names["trainer"].create_optimizer().param_groups] == [None, None, 64]
+
+
+def test_accelerate_loop_of_the_page_trains(tmp_path: Path) -> None:
+    (loop,) = code_of("accelerate alone")
+    names: dict[str, Any] = {"qg": qg, "model": qg.prepare_model(bert(), 8, "all-linear"), "batches": batches()}
+    exec(loop, names)
+    assert {entry["step"] for entry in names["opt"].optimizer.telemetry()} == {1}
+    assert any((tmp_path / "state").iterdir())
+
+
+def test_lightning_module_of_the_page_trains() -> None:
+    (module,) = code_of("Lightning")
+    names: dict[str, Any] = {"qg": qg}
+    exec(module, names)
+    fitted = names["Module"](bert())
+    names["fit"].fit(fitted, batches())
+    assert {entry["step"] for entry in fitted.optimizers().optimizer.telemetry()} == {1}
