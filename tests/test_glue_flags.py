@@ -116,6 +116,12 @@ def test_flags_refuse_a_gpu_that_is_not_there() -> None:
         parse_flags([*BASE, "--device", "cuda"])
 
 
+def test_flags_refuse_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="works in one process"):
+        parse_flags(BASE)
+
+
 # ---------------------------------------------------------------- methods
 
 
