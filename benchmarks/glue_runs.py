@@ -48,7 +48,7 @@ MIB, KIB = 2**20, 2**10
 Rows = list[tuple[str, str]]  # text and label
 
 UPDATES = {"spam": 65, "polarity": 200}
-COMMON = "--max_length 64 --per_device_train_batch_size 16 --per_device_eval_batch_size 50 --learning_rate 5e-5"
+COMMON = "--max_length 64 --per_device_train_batch_size 16 --per_device_eval_batch_size 50 --learning_rate 1e-4"
 PROJECTED = "--enable_galore --lora_all_modules --lora_r 64 --galore_scale 4 --update_proj_gap 50"
 METHODS = {
     "AdamW": "",

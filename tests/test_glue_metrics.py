@@ -32,14 +32,17 @@ def test_f1_is_that_of_class_one() -> None:
 
 def test_pearson_of_four_points() -> None:
     # Deviations from the means 2.5 and 2: products sum to 4, squares to 5 and 4.
-    assert compute(["pearson"], [1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 3.0, 3.0])["pearson"] == pytest.approx(
-        4 / math.sqrt(20)
-    )
+    value = compute(["pearson"], [1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 3.0, 3.0])["pearson"]
+    assert value == pytest.approx(4 / math.sqrt(20))
 
 
 def test_spearman_counts_ranks_only() -> None:
     # Ranks 1 2 3 4 against 1 2 4 3: 1 - 6 * 2 / (4 * 15).
     assert compute(["spearmanr"], [0.1, 0.2, 0.3, 9.0], [1.0, 2.0, 4.5, 3.0])["spearmanr"] == pytest.approx(0.8)
+
+
+def test_correlation_of_one_row_is_zero() -> None:
+    assert compute(["pearson", "spearmanr"], [1.0], [2.0]) == {"pearson": 0.0, "spearmanr": 0.0}
 
 
 @pytest.mark.parametrize("name", ["pearson", "spearmanr", "matthews_correlation"])

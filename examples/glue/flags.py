@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -138,6 +139,8 @@ def parse_flags(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         raise UsageError("--no_save_model and --overwrite_output_dir need --output_dir")
     args.rows_per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
     args.torch_device = _device(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("run_glue.py works in one process; start one for each task or method instead")
     return args
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 METRICS = ("accuracy", "f1", "matthews_correlation", "pearson", "spearmanr")
 
@@ -18,15 +19,18 @@ def compute(names: Sequence[str], predictions: Sequence[float], labels: Sequence
         labels: the same of the data.
 
     Returns:
-        Name -> value, in [0, 1] or [-1, 1]. A correlation with constant predictions, which is not defined, is 0.
+        Name -> value, in [0, 1] or [-1, 1]. A correlation that is not defined, with constant predictions or of one row,
+        is 0.
     """
     from scipy import stats
     from sklearn import metrics
 
-    def correlation(of: object) -> float:
+    def correlation(of: Callable[..., Any]) -> float:
+        if len(labels) < 2:
+            return 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a constant input is answered with 0
-            value = float(of(predictions, labels).statistic)  # type: ignore[operator]
+            value = float(of(predictions, labels).statistic)
         return value if math.isfinite(value) else 0.0
 
     functions = {

@@ -70,6 +70,11 @@ class FineTuning:
                 dtype=torch.float32,
             )
         except (OSError, ValueError, RuntimeError) as error:
+            if "ignore_mismatched_sizes" in str(error):
+                raise UsageError(
+                    f"the head of {args.model_name_or_path} does not have {max(1, len(texts.labels))} outputs, which "
+                    "the data needs: --ignore_mismatched_sizes makes a new one"
+                ) from None
             sentence = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"cannot load --model_name_or_path {args.model_name_or_path}: {sentence}") from None
         self._name_classes()
@@ -132,6 +137,7 @@ class FineTuning:
         Raises:
             TrainingFailed: The loss or a gradient is no longer a number.
         """
+        torch.manual_seed(self.seed)  # dropout, whatever was drawn since the model was made
         self.model.train()
         losses: list[float] = []
         with tqdm(total=self.updates, desc=f"{self.method}, seed {self.seed}", leave=False, mininterval=1.0) as bar:
