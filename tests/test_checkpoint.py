@@ -107,6 +107,21 @@ def test_files_are_plain_safetensors_without_leaves(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {INDEX, *index["metadata"]["shards"]}
 
 
+def test_tensors_lie_at_multiples_of_their_element_size(tmp_path: Path) -> None:
+    """Where odd numbers of bytes come before floats in the state dict; readers map the file and read in place."""
+    model = nn.Module()
+    for name, dtype in {"a": torch.uint8, "b": torch.float64, "c": torch.int16, "d": torch.float32}.items():
+        model.register_buffer(name, torch.ones(3, dtype=dtype))
+    qg.save_model(model, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert (8 + length) % 8 == 0
+    for name, tensor in model.named_buffers():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
+
+
 def test_long_tensors_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contiguous or not: the pieces make the same bytes as the whole."""
     monkeypatch.setattr(shards, "_PIECE", 64)
