@@ -162,7 +162,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert data["License-Expression"] == "Apache-2.0"
     assert data["Requires-Python"] == ">=3.10"
     required = {line for line in data.get_all("Requires-Dist") or [] if "extra ==" not in line}
-    assert required == {"torch>=2.10", "numpy"}
+    assert required == {"torch>=2.10", "numpy", "safetensors>=0.4"}
     assert set(data.get_all("Provides-Extra") or []) >= {"hf", "plot", "test", "dev"}
 
 
