@@ -53,27 +53,23 @@ def test_trainer_of_the_page_trains_resumes_and_exports(tmp_path: Path) -> None:
     assert torch.equal(loaded(tokens).logits, names["exported"].eval()(tokens).logits)
 
 
+IMPORTS = "".join(line for line in code_of("One line")[0].splitlines(True) if "import" in line)
+
+
 def test_float_model_of_the_page_trains() -> None:
-    first, second = code_of("One line")
-    imports = "".join(line for line in first.splitlines(True) if "import" in line)
     names: dict[str, Any] = {"model": bert(), "dataset": sentences(8)}
-    exec(imports + second, names)
+    exec(IMPORTS + code_of("One line")[1], names)
     names["trainer"].train()
     groups = names["trainer"].optimizer.param_groups
     assert [(group["rank"], group.get("scale")) for group in groups] == [(None, None), (None, None), (128, 0.25)]
 
 
-def test_galore_arguments_of_the_page_project(tmp_path: Path) -> None:
+def test_galore_arguments_of_the_page_project() -> None:
     (settings,) = re.findall(r"TrainingArguments\(\.\.\., (optim=.*)\)\n", PAGE)
-    names: dict[str, Any] = {"model": bert(), "dataset": sentences(8)}
-    exec(
-        "from transformers import Trainer, TrainingArguments\nfrom q_galore_torch.integrations.transformers import trainer_kwargs",
-        names,
-    )
-    exec(f"args = TrainingArguments(output_dir='run', {settings})", names)
     (line,) = re.findall(r"^\+(trainer = .*)$", PAGE, re.M)
-    exec(line, names)
-    assert [g["rank"] for g in names["trainer"].create_optimizer().param_groups] == [None, None, 64]
+    names: dict[str, Any] = {"model": bert(), "dataset": sentences(8)}
+    exec(f"{IMPORTS}args = TrainingArguments(output_dir='run', {settings})\n{line}", names)
+    assert [group["rank"] for group in names["trainer"].create_optimizer().param_groups] == [None, None, 64]
 
 
 def test_accelerate_loop_of_the_page_trains(tmp_path: Path) -> None:

@@ -135,11 +135,12 @@ def test_accumulation_is_one_large_batch(mode: str, tmp_path: Path) -> None:
         assert logged(four, key) == pytest.approx(logged(one, key), rel=1e-5)
 
 
-def test_accumulation_with_a_loss_that_ignores_its_keywords(tmp_path: Path) -> None:
-    """RoBERTa's classifier takes num_items_in_batch and does not divide by it; the Trainer is told so by hand."""
+@pytest.mark.parametrize("network", [bert, roberta])
+def test_accumulation_with_a_loss_that_ignores_its_keywords(network: Any, tmp_path: Path) -> None:
+    """These classifiers take num_items_in_batch and do not divide by it; the Trainer is told so by hand."""
     results = []
     for size, count in ((8, 1), (2, 4)):
-        model = int8(roberta())
+        model = int8(network())
         model.accepts_loss_kwargs = False
         args = arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=count, max_steps=3)
         results.append(trained(model, args, sentences()))
@@ -165,6 +166,21 @@ def test_gradient_checkpointing_changes_no_bit(mode: str, reentrant: bool, tmp_p
     plain, checkpointed = (run(mode, arguments(tmp_path, max_steps=4, **more)) for more in ({}, how))
     assert differing(state_of(plain), state_of(checkpointed)) == []
     assert logged(plain, "loss") == logged(checkpointed, "loss")
+
+
+def test_optimizer_may_be_made_by_hand(tmp_path: Path) -> None:
+    """The two ways that the Trainer has for it agree."""
+    args, results = arguments(tmp_path, max_steps=3), []
+    for made in (False, True):
+        model = int8(llama())
+        groups = qg.param_groups(model, update_proj_gap=2)
+        more: dict[str, Any] = {"optimizer_cls_and_kwargs": (qg.QGaLoreAdamW8bit, {"params": groups, "lr": 1e-3})}
+        if made:
+            more = {"optimizers": (qg.QGaLoreAdamW8bit(groups, lr=1e-3), None)}
+        trainer = Trainer(model=model, args=args, train_dataset=texts(), **more)
+        trainer.train()
+        results.append(state_of(trainer))
+    assert differing(*results) == []
 
 
 def test_rate_is_scheduled_for_all_groups(tmp_path: Path) -> None:

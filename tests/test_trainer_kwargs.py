@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import re
 import subprocess
 import sys
@@ -18,8 +19,9 @@ pytest.importorskip("accelerate")
 from transformers import Trainer
 
 import q_galore_torch as qg
+from q_galore_torch.integrations import transformers as integration
 from q_galore_torch.integrations.transformers import parse_optim_args, trainer_kwargs
-from trainer_support import RANK, arguments, bert, int8, llama
+from trainer_support import RANK, arguments, bert, int8, llama, roberta
 
 
 def made(model: Any, args: Any = None, **options: Any) -> dict[str, Any]:
@@ -147,6 +149,30 @@ def test_optim_args_are_parsed(text: str, parsed: dict[str, Any]) -> None:
     assert parse_optim_args(text) == parsed
 
 
+@pytest.mark.parametrize(
+    ("network", "steps", "accepts", "warned"),
+    [
+        (bert, 4, None, True),
+        (roberta, 4, None, True),
+        (llama, 4, None, False),
+        (bert, 1, None, False),
+        (bert, 4, False, False),
+        (bert, 4, True, False),
+    ],
+)
+def test_loss_that_ignores_its_keywords_is_warned_of(
+    network: Any, steps: int, accepts: bool | None, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """That the losses are what is said here is in test_trainer.py."""
+    model = int8(network())
+    if accepts is not None:
+        model.accepts_loss_kwargs = accepts
+    trainer_kwargs(model, arguments(tmp_path, gradient_accumulation_steps=steps))
+    assert (
+        "seems to ignore num_items_in_batch: its loss and gradients would be 4 times too large" in caplog.text
+    ) == warned
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -253,3 +279,9 @@ def test_refusal_changes_nothing() -> None:
 def test_transformers_is_imported_only_when_called() -> None:
     code = "import sys, q_galore_torch.integrations.transformers; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_examples_of_the_module_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    failed, tried = doctest.testmod(integration)
+    assert failed == 0 and tried > 5

@@ -7,6 +7,8 @@ docs/huggingface.md.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any, cast
@@ -19,6 +21,8 @@ from q_galore_torch.nn.convert import _targets, is_prepared, param_groups
 from q_galore_torch.nn.linear import QGaLoreLinear
 from q_galore_torch.optim import options as known
 from q_galore_torch.optim.galore_adamw import QGaLoreAdamW8bit
+
+_log = logging.getLogger(__name__)
 
 # The options that TrainingArguments has under names of its own.
 _NAMES_IN_ARGS = {
@@ -55,7 +59,8 @@ def trainer_kwargs(
             of which the weights that ``target_modules`` names are projected.
         args: the Trainer's ``TrainingArguments``. With it ``learning_rate``, ``weight_decay``, ``adam_beta1``,
             ``adam_beta2``, ``adam_epsilon``, ``optim_args`` and ``optim_target_modules`` are read from there. Without
-            it (default None) they are not: ``lr`` is required, and ``weight_decay`` is 0, as the Trainer's.
+            it (default None) they are not: ``lr`` is required, ``weight_decay`` is 0, as the Trainer's, and in one of
+            several processes the model must be on its device.
         rank: number of basis vectors. Default: the prepared layers'; a float model needs one.
         lr: learning rate.
         target_modules: for a float model, as in :func:`q_galore_torch.prepare_model`, default ``("attn", "mlp")``.
@@ -85,6 +90,7 @@ def trainer_kwargs(
     given = _merged({**given, **options}, _optim_args(args, optim_args))
     if args is not None:
         _refuse_args(args, model)
+        _warn_of_loss(args, model)
         target_modules = _one_of(target_modules, args, "optim_target_modules")
         given.update(_from_args(args, given))
     elif "lr" not in given:
@@ -195,6 +201,22 @@ def _refuse_args(args: Any, model: nn.Module) -> None:
         raise ValueError(
             f"the Trainer would copy the model to {args.n_gpu} GPUs in every forward (nn.DataParallel): start the "
             "script with torchrun, or show it one GPU with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _warn_of_loss(args: Any, model: nn.Module) -> None:
+    """The Trainer leaves the mean over micro-batches to a model that takes keywords, whether it reads them or not."""
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's takes any
+    forward = inspect.unwrap(type(inner).forward)
+    keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+    mean = "loss_function" in getattr(getattr(forward, "__code__", None), "co_names", ())  # which divides
+    if args.gradient_accumulation_steps > 1 and keywords and not mean and not hasattr(inner, "accepts_loss_kwargs"):
+        _log.warning(
+            "%s seems to ignore num_items_in_batch: its loss and gradients would be %d times too large with "
+            "gradient_accumulation_steps=%d; set model.accepts_loss_kwargs = False (or True, if it does divide by it)",
+            type(inner).__name__,
+            args.gradient_accumulation_steps,
+            args.gradient_accumulation_steps,
         )
 
 
