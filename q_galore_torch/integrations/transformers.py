@@ -34,7 +34,8 @@ _NAMES_IN_ARGS = {
 _CONSTANTS = {"True": True, "False": False, "None": None}
 # What args.optim may ask for beside its default: GaLore's own names mean what is done here.
 _GALORE = ("galore_adamw", "galore_adamw_8bit")
-_TARGETS = ("attn", "mlp")
+_TARGETS = ("attn", "mlp")  # prepare_model's default
+_DEFAULTS = {key: option.default for key, option in {**known.COMMON, **known.GLOBAL}.items()}
 
 
 def trainer_kwargs(
@@ -50,7 +51,7 @@ def trainer_kwargs(
     """The keyword arguments that make a ``transformers.Trainer`` train with :class:`q_galore_torch.QGaLoreAdamW8bit`.
 
     The Trainer's rule decides what decays: neither biases nor norms. Each setting has one place: the keywords here,
-    ``optim_args``, or ``args``; where two of them differ an error says so. In a process of several the codes of the
+    ``optim_args``, or ``args``; one that is given in two of them is refused. In a process of several the codes of the
     model's INT8 layers are made to agree (:func:`q_galore_torch.integrations.distributed.prepare`), so that all
     processes must make this call.
 
@@ -95,22 +96,13 @@ def trainer_kwargs(
         given.update(_from_args(args, given))
     elif "lr" not in given:
         raise ValueError("lr must be given where args is not: the Trainer hands no learning_rate to this optimizer")
-    given.setdefault("weight_decay", 0.0)
-    constructor = {key: value for key, value in given.items() if key in known.COMMON or key in known.GLOBAL}
-    projected = {key: value for key, value in given.items() if key not in constructor}
-    if is_prepared(model):
-        if target_modules is not None:
-            raise ValueError(f"target_modules={target_modules!r} comes too late: the model is prepared already")
-        groups = param_groups(model, **_with_number(projected))
-    else:
-        groups = _float_groups(model, _TARGETS if target_modules is None else target_modules, projected)
-    checked = {**{key: option.default for key, option in {**known.COMMON, **known.GLOBAL}.items()}, **constructor}
-    checked = known.check_constructor(checked)
-    for group in groups:
-        known.check_group(group, checked)
-    _agree(model, args)
+    constructor, projected = _sorted({"weight_decay": 0.0, **given})
+    groups = _groups(model, target_modules, projected)
+    for group in groups:  # now and not in train(), where the optimizer is made
+        known.check_group(group, {**_DEFAULTS, **constructor})
     groups = _split_decay(model, groups)
-    return {"optimizer_cls_and_kwargs": (QGaLoreAdamW8bit, {"params": groups, **{k: checked[k] for k in constructor}})}
+    _agree(model, args)
+    return {"optimizer_cls_and_kwargs": (QGaLoreAdamW8bit, {"params": groups, **constructor})}
 
 
 def parse_optim_args(text: str) -> dict[str, Any]:
@@ -178,6 +170,14 @@ def _from_args(args: Any, given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _sorted(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the constructor, checked, and those of the projected group."""
+    projected = {key: value for key, value in given.items() if key not in _DEFAULTS}
+    own = {key: value for key, value in given.items() if key in _DEFAULTS}
+    checked = known.check_constructor({**_DEFAULTS, **own})
+    return {key: checked[key] for key in own}, projected
+
+
 def _default(args: Any, name: str) -> Any:
     return next((field.default for field in dataclasses.fields(args) if field.name == name), None)
 
@@ -224,11 +224,16 @@ def _layers(model: nn.Module) -> bool:
     return any(isinstance(module, QGaLoreLinear) for module in model.modules())
 
 
-def _with_number(projected: dict[str, Any]) -> dict[str, Any]:
-    """param_groups compares the rank with the layers': one that came as a string is made a number."""
-    if "rank" not in projected:
-        return projected
-    return {**projected, "rank": known.PROJECTED["rank"].check("rank", projected["rank"])}
+def _groups(
+    model: nn.Module, target_modules: Sequence[str] | str | None, projected: dict[str, Any]
+) -> list[dict[str, Any]]:
+    if not is_prepared(model):
+        return _float_groups(model, _TARGETS if target_modules is None else target_modules, projected)
+    if target_modules is not None:
+        raise ValueError(f"target_modules={target_modules!r} comes too late: the model is prepared already")
+    if "rank" in projected:  # which is compared with the layers', and may be spelt as a string
+        projected = {**projected, "rank": known.PROJECTED["rank"].check("rank", projected["rank"])}
+    return param_groups(model, **projected)
 
 
 def _float_groups(
