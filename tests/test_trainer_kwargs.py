@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import Trainer
 import q_galore_torch as qg
 from q_galore_torch.integrations import transformers as integration
 from q_galore_torch.integrations.transformers import parse_optim_args, trainer_kwargs
+from q_galore_torch.utils.quantization import prepare_model_for_int8_training
 from trainer_support import RANK, arguments, bert, int8, llama, roberta
 
 
@@ -85,6 +87,15 @@ def test_groups_of_tied_linear_layers_hold_their_weight_once() -> None:
     layers[1].intermediate.dense.bias = layers[0].intermediate.dense.bias
     keywords = made(model, lr=1e-3, rank=RANK, target_modules="all-linear")
     assert len(qg.QGaLoreAdamW8bit(**keywords).param_groups) == 3
+
+
+@pytest.mark.parametrize(("rank", "held"), [(RANK, RANK), (1000, 64)])
+def test_groups_of_layers_that_were_prepared_without_a_rank(rank: int, held: int) -> None:
+    """By the public code's name, which has no rank; one beyond the shorter side is clipped."""
+    model, settings = llama(), SimpleNamespace(weight_bits=8, weight_group_size=256, stochastic_round=True)
+    prepare_model_for_int8_training(model, settings, ["q_proj", "up_proj"])
+    groups = made(model, lr=1e-3, rank=rank)["params"]
+    assert [(len(group["params"]), group["rank"]) for group in groups if "rank" in group] == [(4, held)]
 
 
 def test_model_is_left_as_it_is() -> None:

@@ -315,7 +315,7 @@ def param_groups(model: nn.Module, rank: int | None = None, **options: Any) -> l
         if mark["rank"] is None:
             if rank is None:
                 raise ValueError(f"{name} was prepared without a rank: give one to param_groups")
-            mark["rank"] = rank
+            mark["rank"] = min(rank, rows, cols)
         if rank is not None and min(rank, rows, cols) != mark["rank"]:
             raise ValueError(f"rank must be {mark['rank']}, with which {name} was prepared, got {rank!r}")
         given = options.get("proj_type", mark["proj_type"])
