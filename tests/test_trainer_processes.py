@@ -33,9 +33,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_replicas_are_bit_identical(ranks: list[dict[str, Any]]) -> None:
-    """Though the second process began with other codes."""
-    assert ranks[0]["whole"]["wrapper"] == "DistributedDataParallel"
-    for name in ("whole", "resumed"):
+    """Low-rank (though the second process began with other codes), full gradients in bf16, plain floats."""
+    for name in ("whole", "resumed", "full", "float"):
+        assert ranks[0][name]["wrapper"] == "DistributedDataParallel"
         assert differing(ranks[0][name]["state"], ranks[1][name]["state"]) == []
 
 

@@ -33,6 +33,9 @@ def main(folder: Path) -> None:
         if dist.get_rank() == 1:  # codes that must come from the first process
             model.model.layers[0].mlp.up_proj.qweight.fill_(3)
         results[name] = result_of(trained(model, args, texts(), checkpoint, update_proj_gap=2))
+    full = trained(int8(llama(), grad_mode="full"), arguments(folder, bf16=True), texts(), update_proj_gap=2)
+    plain = trained(llama(), arguments(folder), texts(), update_proj_gap=2, rank=8, target_modules="all-linear")
+    results.update(full=result_of(full), float=result_of(plain))
     model = int8(llama(), weight_bits=None)
     optimizer = qg.QGaLoreAdamW8bit(qg.param_groups(model), lr=1e-3)
     try:

@@ -26,8 +26,8 @@ _ALL = "all-linear"
 _MARK = "_q_galore"
 # Modules that read .weight of their linear children themselves, in a fused path that never calls the child.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-# PEFT's layers, which write to .weight of their children when adapters are merged.
-_ADAPTERS = {("peft", "BaseTunerLayer"), ("peft", "AuxiliaryTrainingWrapper")}
+# The bases of PEFT's layers, which write to .weight of their children when adapters are merged.
+_ADAPTERS = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
 
 
 def prepare_model(
@@ -239,7 +239,8 @@ def _is_computed(module: nn.Module) -> bool:
 
 def _is_adapter(module: nn.Module) -> bool:
     """Whether a module is one of PEFT's layers, which is told without importing PEFT."""
-    return any((kind.__module__.partition(".")[0], kind.__name__) in _ADAPTERS for kind in type(module).__mro__)
+    bases = type(module).__mro__
+    return any(base.__name__ in _ADAPTERS and base.__module__.partition(".")[0] == "peft" for base in bases)
 
 
 def _refuse_hooks(name: str, module: nn.Module) -> None:
