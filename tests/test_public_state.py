@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,17 @@ from torch import Tensor, nn
 
 import q_galore_torch as qg
 from galore_reference import decoded_moments
-from public_files import PublicProjector, bitsandbytes_decoded, bitsandbytes_moment, dynamic_map, save_as_public
-from q_galore_torch.utils.setup import load_optimizer_state
+from public_files import (
+    PublicProjector,
+    bitsandbytes_decoded,
+    bitsandbytes_moment,
+    dynamic_map,
+    public_decoded,
+    public_model,
+    save_as_public,
+)
+from q_galore_torch.optim.public_state import PROJECTORS
+from q_galore_torch.utils.setup import load_model_weight, load_optimizer_state
 
 BLOCKS = [256, 2048, 0]
 LARGE, SMALL = (70, 100), (10,)
@@ -281,6 +292,77 @@ def test_load_optimizer_state_takes_all_but_the_projected_states(
         small.grad, large.grad = torch.randn(SMALL), torch.randn(LARGE)
         opt.step()
     assert opt.telemetry()[1]["refreshes"] == 1
+
+
+@pytest.mark.parametrize("path", PROJECTORS[1:])
+def test_load_optimizer_state_takes_galore_torchs_floats(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module_name, _, name = path.rpartition(".")
+    kind = type(name, (), {"__module__": module_name})
+    for part in (module_name.partition(".")[0], module_name):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    setattr(sys.modules[module_name], name, kind)
+    first, second = moments(SMALL)
+    state = {
+        0: {"step": 7, "exp_avg": first, "exp_avg_sq": second},
+        1: {"step": 7, "projector": kind(), "exp_avg": torch.ones(70, 4), "exp_avg_sq": torch.ones(70, 4)},
+    }
+    group = {"lr": 0.02, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True}
+    groups = [{**group, "params": [0]}, {**group, "params": [1], "rank": 4, "dim": 2}]
+    torch.save({"state": state, "param_groups": groups}, tmp_path / "optimizer.pt")
+    large, small = parameters()
+    opt = qg.GaLoreAdamW([{"params": [small]}, {"params": [large], "rank": 4}])
+    load_optimizer_state(opt, tmp_path / "optimizer.pt")
+    assert torch.equal(opt.state[small]["exp_avg_sq"], second)
+    assert (opt.state[small]["step"], opt.state[large]["step"]) == (7, 0)
+
+
+@pytest.mark.parametrize("grad_mode", ["low_rank", "full"])
+def test_a_public_checkpoint_of_model_and_optimizer_trains_on(grad_mode: str, tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8))
+    entries = public_model(model, ["0"])
+    torch.save(entries, tmp_path / "pytorch_model.bin")
+    others = [model[0].bias, model[2].weight, model[2].bias]  # the order of model.parameters()
+    state: dict[int, dict[str, Any]] = {
+        index: dict(zip(("step", "state1", "state2"), (5, *moments(tuple(p.shape))), strict=True))
+        for index, p in enumerate(others)
+    }
+    state[3] = {"step": 5, "projector": PublicProjector(), "state1": torch.ones(96, 4), "state2": torch.ones(96, 4)}
+    group = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+    groups = [{**group, "params": [0, 1, 2]}, {**group, "params": [3], "rank": 4}]
+    save_as_public({"optimizer": {"state": state, "param_groups": groups}}, tmp_path / "optimizer.pt")
+
+    resumed = copy.deepcopy(model)
+    with torch.no_grad():
+        resumed[0].weight.zero_()
+    qg.prepare_model(resumed, rank=4, target_modules=["0"], grad_mode=grad_mode)
+    load_model_weight(resumed, tmp_path / "pytorch_model.bin")
+    opt = qg.QGaLoreAdamW8bit(qg.param_groups(resumed, update_proj_gap=4))
+    load_optimizer_state(opt, tmp_path / "optimizer.pt")
+    assert torch.equal(resumed[0].dequantize(), public_decoded(entries, "0").float())
+    for index, p in enumerate((resumed[0].bias, resumed[2].weight, resumed[2].bias)):
+        assert torch.equal(opt.state[p]["exp_avg"], state[index]["state1"])
+    x, target, losses = torch.randn(32, 64), torch.randn(32, 8), []
+    for _ in range(30):
+        loss = nn.functional.mse_loss(resumed(x), target)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * max(losses[:3])
+
+
+def test_public_state_goes_into_int8_weights_without_a_rank() -> None:
+    model = qg.prepare_model(
+        nn.Sequential(nn.Linear(100, 70, bias=False)), rank=4, target_modules=["0"], grad_mode="full"
+    )
+    opt = qg.QGaLoreAdamW8bit(model.parameters())
+    saved = public_state(256)
+    del saved["state"][1], saved["param_groups"][0]["params"][1]
+    opt.load_state_dict(saved)
+    assert torch.equal(opt.state[model[0].leaf]["exp_avg"], saved["state"][0]["state1"])
 
 
 def test_load_optimizer_state_runs_no_code_of_a_projector(tmp_path: Path) -> None:

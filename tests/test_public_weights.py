@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import q_galore_torch as qg
 from public_files import public_decoded, public_model
+from q_galore_torch.utils.quantization import prepare_model_for_int8_training
 from q_galore_torch.utils.setup import load_model_weight, saving_model_weight
 
 NAMES = ["1", "3"]
@@ -216,15 +217,28 @@ def test_load_model_weight_leaves_out_the_rotary_frequencies_of_older_transforme
     load_model_weight(prepared(), tmp_path / "public.bin")
 
 
-def test_load_model_weight_says_that_the_file_rounds_to_nearest(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("load", ["load_model_weight", "load_state_dict"])
+def test_load_model_weight_takes_over_how_the_updates_are_rounded(load: str, tmp_path: Path) -> None:
     entries = public_model(float_model(), NAMES)
-    for name in NAMES:
-        entries[f"{name}.stochastic_round"] = False
+    entries["3.stochastic_round"] = False
     torch.save(entries, tmp_path / "public.bin")
-    with caplog.at_level(logging.WARNING):
-        load_model_weight(prepared(), tmp_path / "public.bin")
-    assert [record.message for record in caplog.records] == [
-        "2 layers of the file round to nearest: give the optimizer stochastic_round=False"
-    ]
+    model = prepared("full")
+    if load == "load_model_weight":
+        load_model_weight(model, tmp_path / "public.bin")
+    else:
+        model.load_state_dict(entries)
+    assert [model.get_submodule(name).leaf.stochastic_round for name in NAMES] == [True, False]
+
+
+def test_load_model_weight_goes_with_the_public_codes_own_preparation(public_file: Path, tmp_path: Path) -> None:
+    args = Namespace(weight_bits=8, weight_group_size=256, stochastic_round=True)
+    model = prepare_model_for_int8_training(float_model(2), args, NAMES)
+    load_model_weight(model, public_file)
+    entries = torch.load(public_file, weights_only=True)
+    for name in NAMES:
+        weight = model.get_submodule(name).weight
+        assert torch.equal(weight.scales, entries[f"{name}.scales"].float().flatten())
+        assert torch.equal(weight_of(model.get_submodule(name)), public_decoded(entries, name).float())
+    saving_model_weight(model, tmp_path / "ours.bin")
+    again = load_model_weight(prepare_model_for_int8_training(float_model(4), args, NAMES), tmp_path / "ours.bin")
+    assert same(bits(again), bits(model))

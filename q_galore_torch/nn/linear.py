@@ -287,7 +287,7 @@ class QGaLoreLinear(nn.Module):
         """Loads codes, the public code's too, or quantises a float ``weight`` from one of the unprepared model."""
         if public_weights.is_public(state_dict, prefix):
             try:
-                public_weights.convert(state_dict, prefix)
+                self.stochastic_round = public_weights.convert(state_dict, prefix)
             except ValueError as error:
                 error_msgs.append(str(error))
                 return

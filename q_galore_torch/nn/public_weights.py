@@ -15,7 +15,7 @@ from torch import Tensor
 from q_galore_torch import ops
 
 _NEEDED = ("scales", "zeros", "group_size")
-_UNUSED = ("saved_data_dtype", "stochastic_round")  # always uint8; an option of the optimizer
+_ATTRIBUTES = ("saved_data_dtype", "stochastic_round")  # the former is always uint8
 _LARGEST_ZERO = 32767
 
 
@@ -25,12 +25,15 @@ def is_public(state_dict: dict[str, Any], prefix: str) -> bool:
     return isinstance(weight, Tensor) and weight.dtype == torch.uint8
 
 
-def convert(state_dict: dict[str, Any], prefix: str) -> None:
+def convert(state_dict: dict[str, Any], prefix: str) -> bool:
     """Replace the entries of one layer of the public code by this package's, in place.
 
     Args:
         state_dict: holds the layer.
         prefix: of its entries, with its dot.
+
+    Returns:
+        The layer's ``stochastic_round``.
 
     Raises:
         ValueError: an entry is missing or makes no sense; ``state_dict`` is unchanged then.
@@ -51,11 +54,13 @@ def convert(state_dict: dict[str, Any], prefix: str) -> None:
         raise ValueError(f"{prefix}scales must be finite and > 0")
     if not bool(((zeros == zeros.round()) & (zeros.abs() <= _LARGEST_ZERO)).all()):
         raise ValueError(f"{prefix}zeros must be integers of at most {_LARGEST_ZERO} in magnitude")
-    for key in ("weight", *_NEEDED, *_UNUSED):
+    stochastic_round = state_dict.get(prefix + "stochastic_round", True)
+    for key in ("weight", *_NEEDED, *_ATTRIBUTES):
         state_dict.pop(prefix + key, None)
     state_dict[prefix + "qweight"] = weight.detach()
     state_dict[prefix + "scales"], state_dict[prefix + "zeros"] = scales, zeros.to(torch.int16)
     state_dict[prefix + "group_size"] = torch.tensor(group_size, device="cpu")
+    return bool(stochastic_round)
 
 
 def decoded(state_dict: dict[str, Any], prefix: str) -> Tensor:

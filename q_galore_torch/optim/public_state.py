@@ -2,7 +2,7 @@
 
 bitsandbytes (and with it the public Q-GaLore and GaLore code) stores for each parameter ``step`` and the moments
 ``state1`` and ``state2``: float32, or uint8 codes into the maps ``qmap1`` and ``qmap2``, times ``absmax1`` and
-``absmax2`` of each block of 256 or (before version 0.44) 2048 values, or times ``max1`` and ``max2`` of the whole.
+``absmax2`` of each block of 256 or (in older versions) 2048 values, or times ``max1`` and ``max2`` of the whole.
 Newer versions put all of these into a dict of their own.
 
 The moments of a projected parameter hold in the basis of its projector, which those projects store as a pickled object.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from q_galore_torch import ops
 from q_galore_torch.nn import QGaLoreLinear, public_weights
 from q_galore_torch.optim import QGaLoreAdamW8bit, public_state
-
-_log = logging.getLogger(__name__)
+from q_galore_torch.shards import sync_folder
 
 _CODES = {"qweight": torch.uint8, "scales": torch.float32, "zeros": torch.int16}
 _COMPUTED = "rotary_emb.inv_freq"  # older versions of transformers stored it with the weights
@@ -40,6 +39,7 @@ def saving_model_weight(model: nn.Module, path: str | os.PathLike[str]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(Path(path).parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -48,8 +48,8 @@ def saving_model_weight(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_model_weight(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Load a file of :func:`saving_model_weight`, ours or the public code's, into a model of any kind.
 
-    INT8 layers take stored codes over as they are and quantise float weights; in all other layers stored codes are
-    decoded, ``w = scales * (codes - zeros)``.
+    INT8 layers take stored codes over as they are, with the public code's ``stochastic_round``, and quantise float
+    weights; in all other layers stored codes are decoded, ``w = scales * (codes - zeros)``.
 
     Args:
         model: prepared with either ``grad_mode``, or an ordinary one.
@@ -67,10 +67,12 @@ def load_model_weight(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modu
     """
     entries = read_tensors(path)
     try:
-        _fit(entries, model)
+        rounding = _fit(entries, model)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} does not fit the model: {error}") from None
     model.load_state_dict(entries)
+    for layer, stochastic_round in rounding:
+        layer.stochastic_round = stochastic_round
     return model
 
 
@@ -125,15 +127,17 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def _fit(entries: dict[str, Any], model: nn.Module) -> None:
-    """Make a file's entries those of the model's state dict, in place."""
+def _fit(entries: dict[str, Any], model: nn.Module) -> list[tuple[QGaLoreLinear, bool]]:
+    """Make a file's entries those of the model's state dict, in place; gives the layers' ``stochastic_round``."""
     layers = {
         f"{name}." if name else "": module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QGaLoreLinear) and module.weight_bits is not None
     }
     own = model.state_dict()
-    _take_over_public(entries)
+    names = [key.removesuffix("weight") for key in entries if key.rpartition(".")[2] == "weight"]
+    public = [prefix for prefix in names if public_weights.is_public(entries, prefix)]
+    rounding = {prefix: public_weights.convert(entries, prefix) for prefix in public}
     for prefix in [key.removesuffix("qweight") for key in entries if key.rpartition(".")[2] == "qweight"]:
         _check_codes(entries, prefix)
         if prefix not in layers:
@@ -157,17 +161,7 @@ def _fit(entries: dict[str, Any], model: nn.Module) -> None:
     for key, value in own.items():
         if isinstance(value, Tensor):
             _check_shape(key, entries[key], tuple(value.shape))
-
-
-def _take_over_public(entries: dict[str, Any]) -> None:
-    prefixes = [key.removesuffix("weight") for key in entries if key.rpartition(".")[2] == "weight"]
-    nearest = 0
-    for prefix in prefixes:
-        if public_weights.is_public(entries, prefix):
-            nearest += entries.get(f"{prefix}stochastic_round") is False
-            public_weights.convert(entries, prefix)
-    if nearest:
-        _log.warning("%d layers of the file round to nearest: give the optimizer stochastic_round=False", nearest)
+    return [(layers[prefix], value) for prefix, value in rounding.items() if prefix in layers]
 
 
 def _check_codes(entries: dict[str, Any], prefix: str) -> None:
