@@ -252,10 +252,11 @@ def test_results_count_a_repeated_run_once() -> None:
 def test_results_table_is_markdown() -> None:
     text = markdown(summarize([record("A", 1, 0.6), record("A", 2, 0.8), record("B", 1, 0.5)]))
     assert text.splitlines()[0] == (
-        "| spam | accuracy | accuracy, each seed | optimizer state, MiB | weights, MiB | seconds |"
+        "| spam | accuracy | accuracy, each seed | optimizer state, MiB | of it projectors, KiB | weights, MiB "
+        "| seconds |"
     )
-    assert text.splitlines()[2] == "| A | 0.7000 ± 0.1414 | 0.6000, 0.8000 | 2.0 | 4.0 | 3 |"
-    assert text.splitlines()[3] == "| B | 0.5000 | 0.5000 | 2.0 | 4.0 | 2 |"
+    assert text.splitlines()[2] == "| A | 0.7000 ± 0.1414 | 0.6000, 0.8000 | 2.0 | 1.0 | 4.0 | 3 |"
+    assert text.splitlines()[3] == "| B | 0.5000 | 0.5000 | 2.0 | 1.0 | 4.0 | 2 |"
 
 
 def test_results_of_two_data_sets_are_two_tables(tmp_path: Path) -> None:
