@@ -1,8 +1,7 @@
-"""examples/run_glue.py: what parses, what the methods become, what is refused and how."""
+"""examples/run_glue.py: what parses, what is refused and how, and the script that calls it."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -12,15 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
 from glue.flags import REFUSED, build_parser, parse_flags  # noqa: E402
-from glue.methods import build_optimizer, method_name, target_modules  # noqa: E402
-from glue.results import append_run, markdown, read_runs, summarize, write_tables  # noqa: E402
 from glue_support import EXAMPLES  # noqa: E402
 from pretrain.errors import UsageError  # noqa: E402
-from q_galore_torch import QGaLoreAdamW8bit, QGaLoreLinear  # noqa: E402
 
 BASE = ["--model_name_or_path", "roberta-base", "--task_name", "mrpc"]
 GALORE = [*BASE, "--enable_galore", "--lora_all_modules"]
@@ -34,26 +29,6 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "linear", "num_warmup_steps": 0, "lora_r": 8, "update_proj_gap": 50, "galore_scale": 1.0,
     "proj_type": "std", "enable_galore": False, "lora_all_modules": False, "pad_to_max_length": False,
 }  # fmt: skip
-
-
-class Layer(nn.Module):
-    """The linear layers of a BERT layer, under their names."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for name in ("query", "key", "value"):
-            self.add_module(name, nn.Linear(16, 16))
-        self.attention = nn.ModuleDict({"output": nn.ModuleDict({"dense": nn.Linear(16, 16)})})
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(16, 32)})
-        self.output = nn.ModuleDict({"dense": nn.Linear(32, 16)})
-        self.norm = nn.LayerNorm(16)
-
-
-def small_model() -> nn.Module:
-    return nn.ModuleDict({"embedding": nn.Embedding(10, 16), "layer": Layer(), "classifier": nn.Linear(16, 2)})
-
-
-# ---------------------------------------------------------------- flags
 
 
 def test_flags_of_galores_readme_parse() -> None:
@@ -120,161 +95,6 @@ def test_flags_refuse_several_processes(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="works in one process"):
         parse_flags(BASE)
-
-
-# ---------------------------------------------------------------- methods
-
-
-@pytest.mark.parametrize(
-    ("flags", "name", "proj_format", "block"),
-    [
-        ([], "GaLore, rank 4, float32", "float32", 256),
-        (["--proj_format", "int4"], "GaLore, rank 4, int4 (block 256)", "int4", 256),
-        (["--proj_format", "nf4", "--proj_block", "128"], "GaLore, rank 4, nf4 (block 128)", "nf4", 128),
-        (["--proj_quantize_type", "none"], "GaLore, rank 4, float32", "float32", 256),
-        (["--proj_quantize_type", "4bit"], "GaLore, rank 4, fp4 (block 64)", "fp4", 64),
-        (["--quantize_type", "8bit"], "GaLore, rank 4, fp8 (whole tensor)", "fp8", 0),
-        (["--quantize_type", "8bit_blockwise"], "GaLore, rank 4, fp8 (block 4096)", "fp8", 4096),
-        (
-            ["--proj_quantize_type", "8bit_blockwise", "--proj_quantize_blocksz", "512"],
-            "GaLore, rank 4, fp8 (block 512)", "fp8", 512,
-        ),
-        (
-            ["--weight_quant", "--proj_format", "int4"], "Q-GaLore, INT8 weights, rank 4, int4 (block 256)", "int4", 256
-        ),
-    ],
-)  # fmt: skip
-def test_method_has_the_projector_that_the_flags_name(
-    flags: list[str], name: str, proj_format: str, block: int
-) -> None:
-    args = parse_flags([*GALORE, "--lora_r", "4", *flags])
-    optimizer = build_optimizer(small_model(), args, seed=0)
-    groups = [group for group in optimizer.param_groups if group["rank"] is not None]
-    assert [(group["proj_format"], group["proj_block"], group["rank"]) for group in groups] == [(proj_format, block, 4)]
-    assert method_name(args, optimizer) == name and len(groups[0]["params"]) == 6
-
-
-def test_method_without_galore_is_torchs_adamw() -> None:
-    args = parse_flags([*BASE, "--weight_decay", "0.1"])
-    optimizer = build_optimizer(small_model(), args, seed=0)
-    assert type(optimizer) is torch.optim.AdamW and method_name(args, optimizer) == "AdamW"
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
-    assert all(p.ndim == 1 for p in optimizer.param_groups[1]["params"])
-
-
-def test_method_galore_is_as_published() -> None:
-    args = parse_flags([*GALORE, "--galore_scale", "2", "--update_proj_gap", "9", "--weight_decay", "0.1"])
-    optimizer = build_optimizer(small_model(), args, seed=0)
-    *regular, group = optimizer.param_groups
-    assert (group["subspace"], group["lazy_rule"], group["moments_dtype"]) == ("svd", "fixed", "float32")
-    assert (group["scale"], group["update_proj_gap"], group["weight_decay"]) == (2.0, 9, 0.1)
-    assert [other["weight_decay"] for other in regular] == [0.1, 0.0]
-
-
-@pytest.mark.parametrize("flags", [[], ["--weight_quant"]])
-def test_method_has_every_parameter_once(flags: list[str]) -> None:
-    model = small_model()
-    optimizer = build_optimizer(model, parse_flags([*GALORE, *flags]), seed=0)
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters())
-
-
-def test_method_with_int8_weights_converts_the_matrices_alone() -> None:
-    model = small_model()
-    optimizer = build_optimizer(model, parse_flags([*GALORE, "--weight_quant"]), seed=0)
-    assert isinstance(optimizer, QGaLoreAdamW8bit)
-    converted = [name for name, module in model.named_modules() if isinstance(module, QGaLoreLinear)]
-    assert len(converted) == 6 and all("layer" in name for name in converted)
-    assert optimizer.param_groups[-1]["moments_dtype"] == "dynamic8"
-
-
-@pytest.mark.parametrize(
-    ("names", "flags", "expected"),
-    [
-        (["query", "key", "value"], [], ["query"]),
-        (["q_proj", "mlp"], ["--lora_all_modules"], None),
-        (["q_lin", "ffn"], [], ["q_lin", "v_lin"]),
-        (["anything"], ["--target_modules", "any"], ["any"]),
-    ],
-)
-def test_method_targets_are_those_of_the_models_family(
-    names: list[str], flags: list[str], expected: list[str] | None
-) -> None:
-    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
-    found = target_modules(model, parse_flags([*BASE, "--enable_galore", *flags]))
-    llama = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert found == (llama if expected is None else expected)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--proj_format", "int4", "--quantize_type", "8bit"], "proj_format and quantize_type describe"),
-        (["--quantize_blocksz", "64"], "quantize_blocksz=64 needs quantize_type"),
-        (["--proj_type", "sideways"], "proj_type must be"),
-        (["--weight_quant", "--proj_type", "sideways"], "proj_type"),
-    ],
-)
-def test_method_that_the_package_refuses_is_one_sentence(flags: list[str], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        build_optimizer(small_model(), parse_flags([*GALORE, *flags]), seed=0)
-
-
-def test_method_without_a_layer_to_project_is_refused() -> None:
-    model = nn.ModuleDict({"first": nn.Linear(2, 2)})
-    with pytest.raises(UsageError, match="no linear layer of the model matches the known names; there are first"):
-        build_optimizer(model, parse_flags(GALORE), seed=0)
-
-
-# ---------------------------------------------------------------- results
-
-
-def record(method: str, seed: int, accuracy: float, data: str = "spam") -> dict[str, Any]:
-    sizes = {"optimizer_state_bytes": 2**21, "projector_bytes": 2**10, "weight_bytes": 2**22}
-    return {"method": method, "seed": seed, "data": data, "metrics": {"accuracy": accuracy}, "updates": 5,
-            "seconds": 2.0 * seed, "setting": {"method": method, "data": data}, **sizes}  # fmt: skip
-
-
-def test_results_have_mean_and_sample_deviation() -> None:
-    rows = summarize([record("A", 2, 0.8), record("B", 1, 0.5), record("A", 1, 0.6)])
-    assert [row["method"] for row in rows] == ["A", "B"] and rows[0]["seeds"] == [1, 2]
-    assert rows[0]["metrics"]["accuracy"]["values"] == [0.6, 0.8]
-    assert rows[0]["metrics"]["accuracy"]["mean"] == pytest.approx(0.7)
-    assert rows[0]["metrics"]["accuracy"]["std"] == pytest.approx(0.02**0.5)  # of two values: their difference / sqrt 2
-    assert rows[1]["metrics"]["accuracy"]["std"] is None and rows[0]["seconds"] == 3.0
-
-
-def test_results_count_a_repeated_run_once() -> None:
-    (row,) = summarize([record("A", 1, 0.1), record("A", 1, 0.9)])
-    assert row["metrics"]["accuracy"]["values"] == [0.9]
-
-
-def test_results_table_is_markdown() -> None:
-    text = markdown(summarize([record("A", 1, 0.6), record("A", 2, 0.8), record("B", 1, 0.5)]))
-    assert text.splitlines()[0] == (
-        "| spam | accuracy | accuracy, each seed | optimizer state, MiB | weights, MiB | seconds |"
-    )
-    assert text.splitlines()[2] == "| A | 0.7000 ± 0.1414 | 0.6000, 0.8000 | 2.0 | 4.0 | 3 |"
-    assert text.splitlines()[3] == "| B | 0.5000 | 0.5000 | 2.0 | 4.0 | 2 |"
-
-
-def test_results_of_two_data_sets_are_two_tables(tmp_path: Path) -> None:
-    for data in ("spam", "cola"):
-        append_run(tmp_path, record("A", 1, 0.5, data))
-    write_tables(tmp_path)
-    text = (tmp_path / "results.md").read_text()
-    assert text.count("| --- |") == 2 and len(json.loads((tmp_path / "results.json").read_text())) == 2
-
-
-def test_results_pass_over_a_torn_line(tmp_path: Path) -> None:
-    append_run(tmp_path, record("A", 1, 0.5))
-    with (tmp_path / "runs.jsonl").open("a") as file:
-        file.write('{"half')
-    append_run(tmp_path, record("A", 2, 0.5))
-    assert [run["seed"] for run in read_runs(tmp_path)] == [1, 2]
-
-
-# ---------------------------------------------------------------- the command and the scripts
 
 
 def test_command_help_and_a_bad_flag() -> None:

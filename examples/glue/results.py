@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 
 
 def read_runs(folder: Path) -> list[Record]:
@@ -102,15 +102,15 @@ def markdown(rows: Sequence[Record]) -> str:
     names = list(rows[0]["metrics"])
     seeds = "each seed" if any(len(row["seeds"]) > 1 for row in rows) else ""
     header = [rows[0]["data"], *names, *([f"{names[0]}, {seeds}"] if seeds else [])]
-    header += ["optimizer state, MiB", "weights, MiB", "seconds"]
+    header += ["optimizer state, MiB", "of it projectors, KiB", "weights, MiB", "seconds"]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     for row in rows:
         found = row["metrics"]
         cells = [row["method"], *(_mean_and_spread(found[name]) for name in names)]
         if seeds:
             cells.append(", ".join(f"{value:.4f}" for value in found[names[0]]["values"]))
-        cells += [f"{row[key] / MIB:.1f}" for key in ("optimizer_state_bytes", "weight_bytes")]
-        lines.append([*cells, f"{row['seconds']:.0f}"])
+        cells += [f"{row['optimizer_state_bytes'] / MIB:.1f}", f"{row['projector_bytes'] / KIB:.1f}"]
+        lines.append([*cells, f"{row['weight_bytes'] / MIB:.1f}", f"{row['seconds']:.0f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
