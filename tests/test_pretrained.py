@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -351,3 +353,41 @@ def test_old_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(__version__="4.57.1"))
     with pytest.raises(ImportError, match=r"^from_pretrained needs transformers 5 or later, found 4\.57\.1$"):
         ours(tmp_path, rank=4)
+
+
+# ------------------------------------------------------------ the page and the figures
+
+
+def test_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/checkpoints.md, its blocks one after the other."""
+    pytest.importorskip("compressed_tensors")
+    saved("llama", tmp_path / "llama", hidden_size=64, intermediate_size=96)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    names: dict[str, Any] = {}
+    for lines in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(lines, names)
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(names["int8"](tokens).logits, qg.export_model(names["model"])(tokens).logits)
+
+
+def test_peak_is_measured_in_processes_of_their_own() -> None:
+    """The benchmark at its smallest: both contestants make the same model."""
+    root = Path(__file__).parents[1]
+    words = ["--hidden", "96", "--layers", "1", "--shard", "1MB", "--no-save"]
+    done = subprocess.run(
+        [sys.executable, str(root / "benchmarks" / "convert_memory.py"), *words],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"M weights, \d+ MiB in bfloat16", done.stdout) and done.stdout.count("model_bytes") == 2
+
+
+def test_committed_peak_is_below_the_whole_models() -> None:
+    record = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "convert_memory.json").read_text())
+    (ours, whole) = record["contestants"].values()
+    assert ours["model_bytes"] == whole["model_bytes"]
+    assert ours["peak"] < ours["model_bytes"] + record["largest_tensor"] + 2**26 < record["float_bytes"] < whole["peak"]
