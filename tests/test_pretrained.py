@@ -388,4 +388,4 @@ def test_committed_peak_is_below_the_whole_models() -> None:
     record = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "convert_memory.json").read_text())
     (ours, whole) = record["contestants"].values()
     assert ours["model_bytes"] == whole["model_bytes"]
-    assert ours["peak"] < ours["model_bytes"] + record["largest_tensor"] + 2**26 < record["float_bytes"] < whole["peak"]
+    assert ours["peak"] < 0.8 * record["float_bytes"] and whole["peak"] > 1.2 * record["float_bytes"]
