@@ -168,6 +168,15 @@ def test_old_names_of_norms_are_read(tmp_path: Path) -> None:
     assert_same(ours(tmp_path, rank=4, target_modules=["attention"]), expected)
 
 
+def test_half_of_a_module_may_be_missing(tmp_path: Path) -> None:
+    """The rule that gives values to a bias leaves alone the weight that was read."""
+    lost = ["bert.encoder.layer.0.attention.self.query.bias", "bert.embeddings.LayerNorm.bias"]
+    saved("bert", tmp_path, size="1GB")
+    rewrite(tmp_path, lambda tensors: {name: tensor + 1 for name, tensor in tensors.items() if name not in lost})
+    options: dict[str, Any] = {"rank": 4, "target_modules": ["attention"]}
+    assert_same(ours(tmp_path, **options), theirs(tmp_path, transformers.BertForMaskedLM, **options))
+
+
 def test_old_tables_are_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     saved("llama", tmp_path, size="1GB")
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
