@@ -36,7 +36,7 @@ def memory(field: str) -> int:
 
 def write(folder: str, hidden: int, layers: int, shard: str) -> dict[str, Any]:
     """Make the model's files."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
         hidden_size=hidden,
@@ -46,8 +46,7 @@ def write(folder: str, hidden: int, layers: int, shard: str) -> dict[str, Any]:
         num_key_value_heads=hidden // 96,
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=shard)
     sizes = [parameter.nbytes for parameter in model.parameters()]
     return {"weights": qg.num_parameters(model), "float_bytes": sum(sizes), "largest_tensor": max(sizes)}

@@ -20,6 +20,7 @@ from q_galore_torch.shards import (
     place,
     read_index,
     refuse_others,
+    some,
     write_checkpoint,
 )
 
@@ -125,7 +126,7 @@ class _Loading:
                 self._find(name, tensor, prefix)
         left = [name for name in (*reader, *aliases) if name not in self._used]
         if left:
-            raise ValueError(f"the checkpoint has entries that the model has not: {_some(left)}")
+            raise ValueError(f"the checkpoint has entries that the model has not: {some(left)}")
 
     def _stored(self, name: str) -> str | None:
         """The name under which an entry is stored, None where there is none."""
@@ -213,7 +214,3 @@ class _Loading:
         for name in self._quantised:
             if not bool(self._reader.read(name).isfinite().all()):
                 raise ValueError(f"{name} of the checkpoint is not finite: it cannot be quantised")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

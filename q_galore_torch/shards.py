@@ -85,6 +85,11 @@ def place(name: str, tensor: Tensor) -> tuple[Any, ...]:
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
+def some(names: list[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 # ------------------------------------------------------------ writing
 
 

@@ -147,12 +147,27 @@ def test_codes_are_decoded_into_a_float_model(tmp_path: Path) -> None:
             assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
 
 
+@pytest.mark.parametrize("into", ["int8", "int8 full"])
 @pytest.mark.parametrize("kind", ["plain", "float"])
-def test_floats_are_quantised_into_an_int8_model(kind: str, tmp_path: Path) -> None:
-    saved, loaded = make(kind, 1), make("int8", 2)
+def test_floats_are_quantised_into_an_int8_model(kind: str, into: str, tmp_path: Path) -> None:
+    saved, loaded = make(kind, 1), make(into, 2)
     qg.save_model(saved, tmp_path)
     qg.load_model(loaded, tmp_path)
-    assert_equal_state(loaded, make("int8", 1))
+    assert_equal_state(loaded, make(into, 1))
+
+
+def test_codes_are_read_into_a_model_that_never_had_floats(tmp_path: Path) -> None:
+    """Prepared on the meta device; what is not saved is the caller's to set."""
+    saved = make("int8", 1)
+    qg.save_model(saved, tmp_path)
+    with torch.device("meta"):
+        loaded = qg.prepare_model(Model(), rank=4)
+    loaded.to_empty(device="cpu")
+    loaded.head.weight = loaded.embed.weight
+    qg.load_model(loaded, tmp_path)
+    assert_equal_state(loaded, saved)
+    tokens = torch.arange(20).reshape(2, 10)
+    assert torch.equal(loaded(tokens), saved(tokens))
 
 
 def test_training_goes_on_bit_for_bit(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -164,6 +166,15 @@ def test_old_names_of_norms_are_read(tmp_path: Path) -> None:
     rewrite(tmp_path, rename)
     assert any(name.endswith("LayerNorm.gamma") for name in load_file(tmp_path / "model.safetensors"))
     assert_same(ours(tmp_path, rank=4, target_modules=["attention"]), expected)
+
+
+def test_half_of_a_module_may_be_missing(tmp_path: Path) -> None:
+    """The rule that gives values to a bias leaves alone the weight that was read."""
+    lost = ["bert.encoder.layer.0.attention.self.query.bias", "bert.embeddings.LayerNorm.bias"]
+    saved("bert", tmp_path, size="1GB")
+    rewrite(tmp_path, lambda tensors: {name: tensor + 1 for name, tensor in tensors.items() if name not in lost})
+    options: dict[str, Any] = {"rank": 4, "target_modules": ["attention"]}
+    assert_same(ours(tmp_path, **options), theirs(tmp_path, transformers.BertForMaskedLM, **options))
 
 
 def test_old_tables_are_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -351,3 +362,39 @@ def test_old_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(__version__="4.57.1"))
     with pytest.raises(ImportError, match=r"^from_pretrained needs transformers 5 or later, found 4\.57\.1$"):
         ours(tmp_path, rank=4)
+
+
+# ------------------------------------------------------------ the page and the figures
+
+
+def test_lines_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/checkpoints.md, its blocks one after the other."""
+    pytest.importorskip("compressed_tensors")
+    saved("llama", tmp_path / "llama", hidden_size=64, intermediate_size=96)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    names: dict[str, Any] = {}
+    for lines in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S):
+        exec(lines, names)
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert torch.equal(names["int8"](tokens).logits, qg.export_model(names["model"])(tokens).logits)
+
+
+def test_peak_is_measured_for_the_same_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The benchmark at its smallest, with its processes run in this one, where the peak says nothing."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    convert_memory = importlib.import_module("convert_memory")
+    monkeypatch.setattr(convert_memory, "child", lambda *words: convert_memory.main(list(words)))
+    record = convert_memory.main(["--hidden", "96", "--layers", "1", "--shard", "1MB", "--no-save"])
+    sizes = {row["model_bytes"] for row in record["contestants"].values()}
+    assert len(sizes) == 1 and sizes.pop() < record["float_bytes"] and "M weights, " in capsys.readouterr().out
+
+
+def test_committed_peak_is_below_the_whole_models() -> None:
+    record = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "convert_memory.json").read_text())
+    (ours, whole) = record["contestants"].values()
+    assert ours["model_bytes"] == whole["model_bytes"]
+    assert ours["peak"] < 0.8 * record["float_bytes"] and whole["peak"] > 1.2 * record["float_bytes"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from q_galore_torch.nn.convert import prepare_model
-from q_galore_torch.shards import INDEX, SINGLE, ShardReader, read_index
+from q_galore_torch.shards import INDEX, SINGLE, ShardReader, read_index, some
 
 _log = logging.getLogger(__name__)
 
@@ -240,9 +240,9 @@ class _Sources:
         ignored = _patterns(self._model, "missing")
         missing = [name for name in self._missing if not any(re.search(rule, name) for rule in ignored)]
         if missing:
-            _log.warning("%s lacks %s: newly initialised, to be trained", self._folder, _some(missing))
+            _log.warning("%s lacks %s: newly initialised, to be trained", self._folder, some(missing))
         if self._unexpected:
-            _log.warning("%s has entries that the model has no place for: %s", self._folder, _some(self._unexpected))
+            _log.warning("%s has entries that the model has no place for: %s", self._folder, some(self._unexpected))
 
 
 def _matched(model: Any, reader: ShardReader, own: dict[str, Tensor]) -> tuple[dict[str, str], list[str]]:
@@ -294,7 +294,3 @@ def _size(reader: ShardReader, name: str) -> int:
 
 def _equal(reader: ShardReader, name: str, other: str) -> bool:
     return reader.kind(name) == reader.kind(other) and torch.equal(reader.read(name), reader.read(other))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
