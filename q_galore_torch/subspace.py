@@ -112,6 +112,12 @@ def refresh_basis(
     return Basis(found.basis, found.fallbacks, found.energy_new, found.power_steps)
 
 
+@lru_cache
+def _warn_once(message: str) -> None:
+    """A failed refresh is tried again in the next step, and fails there for the same reason."""
+    _log.warning(message)
+
+
 def svd_basis(gradient: Tensor, side: int, rank: int) -> Basis | None:
     """The leading singular vectors of one side, with LAPACK's signs.
 
@@ -132,7 +138,7 @@ def svd_basis(gradient: Tensor, side: int, rank: int) -> Basis | None:
     try:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError as error:
-        _log.warning("the SVD of a %s gradient failed, the old basis stays: %s", list(gradient.shape), error)
+        _warn_once(f"the SVD of a {list(gradient.shape)} gradient failed, the old basis stays: {error}")
         return None
     energies = values.double().square()
     vectors = right if side == RIGHT else left.t()

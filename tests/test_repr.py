@@ -113,7 +113,30 @@ def test_layer_says_what_is_projected_and_stored(options: dict[str, Any], words:
     assert text.startswith("QGaLoreLinear(in_features=64, out_features=128, bias=True, ") and words in text
 
 
+def test_layer_that_rounds_to_nearest_says_so() -> None:
+    layer = prepared()[0]
+    layer.stochastic_round = False
+    assert "group_size=256, round=nearest, grad_mode=low_rank)" in repr(layer)
+
+
 # ------------------------------------------------------------ once per cause
+
+
+def test_svd_that_fails_in_every_step_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise torch.linalg.LinAlgError("never converges")
+
+    monkeypatch.setattr(torch.linalg, "svd", failing)
+    weights = [nn.Parameter(torch.randn(12, 8)) for _ in range(2)]
+    opt = qg.QGaLoreAdamW8bit([{"params": weights, "rank": 2}])
+    for _ in range(3):
+        for weight in weights:
+            weight.grad = torch.randn(12, 8)
+        opt.step()
+    expected = "the SVD of a [12, 8] gradient failed, the old basis stays: never converges"
+    assert [r.message for r in caplog.records] == [expected]
 
 
 def test_clipped_ranks_of_all_groups_are_told_together(caplog: pytest.LogCaptureFixture) -> None:

@@ -362,6 +362,7 @@ class QGaLoreLinear(nn.Module):
         if self.grad_mode == "low_rank":
             text += f", R={list(self.leaf.shape)} " + str(self.leaf.dtype).removeprefix("torch.")
         stored = f"{self.weight_bits} bits, group_size={self.group_size}"
+        stored += "" if self.stochastic_round else ", round=nearest"
         if self.weight_bits is None:
             stored = str(self.compute_dtype).removeprefix("torch.")
         return f"{text}, weight={stored}, grad_mode={self.grad_mode}"
