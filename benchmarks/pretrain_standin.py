@@ -27,8 +27,9 @@ LOG = timing.RESULTS / "pretrain_standin.jsonl"
 PAGE = tables.PAGE.with_name("results.md")
 COMMON = ["--demo", "--max_length", "128", "--batch_size", "6", "--eval_every", "100000", "--log_every", "100"]
 Q_GALORE = ["--weight_quant", "--stochastic_round", "--proj_quant"]
-# Name of a row: flags. The rates of AdamW are both there, as none is published for it at this size.
+# Name of a row: flags. AdamW with three rates, as none is published for it at this size.
 ROWS: dict[str, list[str]] = {
+    "AdamW, rate 0.0005": ["--optimizer", "adamw", "--lr", "0.0005"],
     "AdamW, rate 0.001": ["--optimizer", "adamw", "--lr", "0.001"],
     "AdamW, rate 0.003": ["--optimizer", "adamw", "--lr", "0.003"],
     "GaLore": ["--optimizer", "galore_adamw"],
@@ -71,8 +72,10 @@ def measure(name: str, flags: list[str]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Held-out loss and bytes of each row, mean over the seeds."""
     lines = []
-    for name in dict.fromkeys(row["name"] for row in rows):
+    for name, _ in settings(steps=0, seeds=1):
         runs = [row for row in rows if row["name"] == name]
+        if not runs:
+            continue
         losses = tables.mean_and_error([run["held_out"] for run in runs], 3)
         sizes = [f"{runs[0][key] / 2**20:.1f}" for key in ("weights", "gradients", "optimizer_state")]
         lines.append([name, str(len(runs)), losses, *sizes])
