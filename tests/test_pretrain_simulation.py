@@ -54,6 +54,8 @@ def test_simulated_run_is_the_int8_run_bit_for_bit(tmp_path: Path, changes: dict
     codes = [codes_of(tmp_path / name / "model_12") for name in ("run", "simulated")]
     assert codes[0].keys() == codes[1].keys() and len(codes[0]) == 14
     assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
+    saved = torch.load(tmp_path / "simulated" / "model_12" / "model.pt", weights_only=True)
+    assert all(saved[f"{name}.weight"].dtype == torch.float32 for name in codes[1])
 
 
 def test_simulated_run_in_bfloat16_is_close_to_the_int8_run(tmp_path: Path) -> None:
@@ -69,6 +71,14 @@ def test_simulation_without_weight_quant_is_the_method_on_float_weights(tmp_path
     mine = run(tmp_path, **flags, simulation=True, save_dir=tmp_path / "simulated")
     assert numbers(mine) == numbers(real)
     assert not codes_of(tmp_path / "simulated" / "model_12")
+
+
+def test_simulation_has_full_gradients_under_every_rule(tmp_path: Path) -> None:
+    for weight_quant in (True, None):
+        flags = {**SIMULATION, "weight_quant": weight_quant, "num_training_steps": 1, "eval_tokens": 64}
+        rows = run(tmp_path, **flags, save_dir=tmp_path / f"quant-{weight_quant}")
+        (summary,) = [row for row in rows if row["kind"] == "summary"]
+        assert summary["gradients"] == 4 * 116_032  # of the tiny model, in float32
 
 
 def test_per_layer_simulation_gives_the_ordinary_losses(tmp_path: Path) -> None:

@@ -194,6 +194,15 @@ def test_layer_that_is_gone_leaves_its_weight_alone() -> None:
     assert torch.allclose(weight, before - 1e-6, atol=1e-8) and not torch.equal(weight, before)
 
 
+def test_weight_that_was_replaced_is_an_ordinary_one() -> None:
+    layer = QLinear(8, 8)
+    old, layer.weight = layer.weight, nn.Parameter(torch.ones(8, 8))
+    opt = qg.QGaLoreAdamW8bit([old], lr=1e-6, weight_decay=0.0)
+    before, old.grad = old.detach().clone(), torch.ones_like(old)
+    opt.step()
+    assert torch.allclose(old, before - 1e-6, atol=1e-8) and torch.equal(layer.weight, torch.ones(8, 8))
+
+
 def test_layer_says_what_it_is() -> None:
     expected = (
         "QLinear(in_features=8, out_features=4, bias=False, weight=float on an INT8 grid, group_size=32, round=nearest)"
@@ -346,6 +355,24 @@ def test_group_without_a_rank_updates_codes_too() -> None:
     train(real, qg.QGaLoreAdamW8bit([{"params": rest}, {"params": leaves}], lr=0.01), range(8))
     train(mine, qg.QGaLoreAdamW8bit(groups_of(mine), lr=0.01), range(8))
     assert codes_differ(real, mine) == [0.0, 0.0]
+
+
+def test_one_group_may_hold_weights_of_every_kind() -> None:
+    """Each is updated as it would be alone: on its grid, on its grid to nearest, or as a float."""
+
+    def parts() -> list[nn.Module]:
+        torch.manual_seed(0)
+        layers = [nn.Linear(64, 64), QLinear(64, 64), QLinear(64, 64, stochastic_round=False), QLinear(64, 64)]
+        for layer in layers:
+            layer.weight.grad = torch.randn(64, 64)
+        return layers
+
+    together, alone = parts(), parts()
+    qg.QGaLoreAdamW8bit([layer.weight for layer in together], lr=1e-4).step()
+    for number, layer in enumerate(alone):
+        rest = [nn.Parameter(torch.zeros(4)) for _ in range(number)]  # so that the ids are the same
+        qg.QGaLoreAdamW8bit([*rest, layer.weight], lr=1e-4).step()
+        assert torch.equal(layer.weight, together[number].weight), number
 
 
 def test_per_layer_simulation_is_the_ordinary_one() -> None:

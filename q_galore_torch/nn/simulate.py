@@ -209,7 +209,6 @@ class QLinear(nn.Linear):
             parts = {"weight": decoded.to(weight.dtype), "scales": scales, "zeros": zeros.int()}
             state_dict.update({prefix + name: part for name, part in parts.items()})
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-        self._register()  # of the new Parameter, after load_state_dict(assign=True)
 
     def extra_repr(self) -> str:
         """The options that differ between layers."""
