@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,10 @@ def from_pretrained(
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{path} is quantised already: a model of floats is needed")
     model = _meta_model(transformers, config, auto_class, _dtype(dtype, config, reader))
+    if "initialize" in options:
+        raise ValueError("initialize is not an option here: the values come from the files")
     sources = _Sources(model, reader, path)
-    prepared = _prepared(model, sources, rank, options)
+    prepared: Any = prepare_model(model, rank, initialize=sources.fill, **options)
     sources.report()
     prepared.name_or_path = prepared.config._name_or_path = str(path)
     if prepared.can_generate() and (path / "generation_config.json").is_file():
@@ -156,25 +158,6 @@ def _meta_model(transformers: Any, config: Any, auto_class: Any, dtype: torch.dt
     return model
 
 
-def _prepared(model: Any, sources: _Sources, rank: int, options: Mapping[str, Any]) -> Any:
-    if "initialize" in options:
-        raise ValueError("initialize is not an option here: the values come from the files")
-    with _progress(sources.total) as advance:
-        return prepare_model(model, rank, initialize=lambda module: advance(sources.fill(module)), **options)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """Bytes read so far on a terminal, where tqdm is installed and it takes more than a moment."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        yield lambda count: None
-        return
-    with tqdm(total=total, desc="Preparing", unit="B", unit_scale=True, delay=1, disable=None) as bar:
-        yield bar.update
-
-
 class _Sources:
     """Where the values of a meta model's tensors are, by transformers' own rules for names.
 
@@ -214,14 +197,12 @@ class _Sources:
             self._source.update((name, found[there[0]]) for name in tied if there)
         self._names = {id(module): name for name, module in model.named_modules()}
         self._owners = dict(_owners(model, model))
-        self.total = sum(_size(reader, source) for source in set(self._source.values()))
 
-    def fill(self, module: nn.Module) -> int:
-        """Give values to a module's own tensors; returns the bytes that were read."""
+    def fill(self, module: nn.Module) -> None:
+        """Give values to a module's own tensors."""
         from transformers.initialization import guard_torch_init_functions
 
-        count, unset = 0, False
-        prefix = self._names[id(module)]
+        prefix, unset = self._names[id(module)], False
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             source = self._source.get(f"{prefix}.{key}".lstrip("."))
             if source is None:
@@ -229,11 +210,9 @@ class _Sources:
             elif not getattr(tensor, _MARK, False):  # tied ones come again
                 self._reader.copy_to(source, tensor)
                 setattr(tensor, _MARK, True)
-                count += _size(self._reader, source)
         if unset:
             with guard_torch_init_functions():  # leaves alone what is marked
                 self._owners[id(module)]._init_weights(module)
-        return count
 
     def report(self) -> None:
         """Log what was not in the files or not in the model."""
@@ -285,11 +264,6 @@ def _owners(module: nn.Module, owner: Any) -> Iterator[tuple[int, Any]]:
     yield id(module), owner
     for child in module.children():
         yield from _owners(child, owner)
-
-
-def _size(reader: ShardReader, name: str) -> int:
-    dtype, shape = reader.kind(name)
-    return torch.empty(shape, dtype=dtype, device="meta").nbytes
 
 
 def _equal(reader: ShardReader, name: str, other: str) -> bool:
