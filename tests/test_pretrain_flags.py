@@ -108,7 +108,7 @@ def test_max_train_tokens_sets_the_number_of_updates(config: str, tokens: str, s
     assert args.num_training_steps == steps
 
 
-SCRIPTS = sorted((EXAMPLES / "scripts").rglob("*.sh"))
+SCRIPTS = sorted(path for part in ("pretrain_c4", "single_gpu") for path in (EXAMPLES / "scripts" / part).rglob("*.sh"))
 PUBLIC_SCRIPTS = {
     *(f"pretrain_c4/{mode}llama_{size}.sh" for mode in ("", "simulation/") for size in PUBLIC_SHAPES),
     *(f"single_gpu/llama_7b{kind}.sh" for kind in ("", "_checkpointing", "_galore", "_galore_checkpointing")),
