@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import q_galore_torch as qg
-from q_galore_torch.integrations.checkpoint import LoadPlanner
+from q_galore_torch.integrations.dcp import LoadPlanner
 from q_galore_torch.integrations.distributed import prepare
 
 TOKENS, BATCH, LENGTH = 30, 2, 9

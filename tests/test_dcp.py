@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 
 import q_galore_torch as qg
-from q_galore_torch.integrations.checkpoint import LoadPlanner
+from q_galore_torch.integrations.dcp import LoadPlanner
 from test_state import differences
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

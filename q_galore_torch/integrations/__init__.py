@@ -1,1 +1,1 @@
-"""Bridges to other libraries: ``distributed`` for many processes."""
+"""Bridges to other libraries: torch.distributed and its checkpoints, Hugging Face, compressed-tensors."""

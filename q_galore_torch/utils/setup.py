@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from q_galore_torch import ops
 from q_galore_torch.nn import QGaLoreLinear, public_weights
 from q_galore_torch.optim import QGaLoreAdamW8bit, public_state
-from q_galore_torch.shards import sync_folder
+from q_galore_torch.shards import some, sync_folder
 
 _CODES = {"qweight": torch.uint8, "scales": torch.float32, "zeros": torch.int16}
 _COMPUTED = "rotary_emb.inv_freq"  # older versions of transformers stored it with the weights
@@ -157,7 +157,7 @@ def _fit(entries: dict[str, Any], model: nn.Module) -> list[tuple[QGaLoreLinear,
         del entries[key]
     for kind, keys in (("lacks", own.keys() - entries.keys()), ("alone has", entries.keys() - own.keys())):
         if keys:
-            raise ValueError(f"the file {kind} {_listed(sorted(keys))}")
+            raise ValueError(f"the file {kind} {some(sorted(keys))}")
     for key, value in own.items():
         if isinstance(value, Tensor):
             _check_shape(key, entries[key], tuple(value.shape))
@@ -182,7 +182,3 @@ def _check_shape(name: str, value: Any, shape: tuple[int, ...]) -> None:
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must have shape {list(shape)}, got {got}")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
