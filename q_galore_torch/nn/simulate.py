@@ -204,10 +204,7 @@ class QLinear(nn.Linear):
         weight = state_dict.get(prefix + "weight")
         grid = {prefix + "scales", prefix + "zeros"} & state_dict.keys()
         if weight is not None and not grid and weight.shape == self.weight.shape:
-            codes, scales, zeros = _quantise(weight, self.group_size)
-            decoded = ops.int8_dequantize(codes, scales, zeros, self.group_size, torch.float32)
-            parts = {"weight": decoded.to(weight.dtype), "scales": scales, "zeros": zeros.int()}
-            state_dict.update({prefix + name: part for name, part in parts.items()})
+            add_grid(state_dict, prefix, self.group_size)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
@@ -226,6 +223,15 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def add_grid(state_dict: dict[str, Any], prefix: str, group_size: int) -> None:
+    """Round a float weight of a state dict to a grid of its own, and add that, in place."""
+    weight = state_dict[prefix + "weight"]
+    codes, scales, zeros = _quantise(weight, group_size)
+    decoded = ops.int8_dequantize(codes, scales, zeros, group_size, torch.float32)
+    parts = {"weight": decoded.to(weight.dtype), "scales": scales, "zeros": zeros.int()}
+    state_dict.update({prefix + name: part for name, part in parts.items()})
 
 
 def simulated(parameter: Tensor) -> QLinear | None:
