@@ -265,6 +265,8 @@ def test_prepare_keeps_tied_layers_one() -> None:
         ({}, ["q_proj"], "names no nn.Linear"),
         ({}, "0", "target_module must be a list of child names"),
         ({}, [], "target_module must be a list of child names"),
+        ({}, None, "target_module must be a list of child names, got None"),
+        ({}, 3, "target_module must be a list of child names, got 3"),
         ({"weight_bits": 4}, ["0"], "num_bits must be 8, got 4"),
         ({"weight_group_size": -1}, ["0"], "group_size must be an integer >= 1, got -1"),
     ],
@@ -272,6 +274,27 @@ def test_prepare_keeps_tied_layers_one() -> None:
 def test_prepare_refuses(changes: dict[str, Any], names: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         prepare_model_for_int8_training_simulation(network(), Namespace(**{**vars(ARGS), **changes}), names)
+
+
+def test_prepare_takes_any_iterable_of_names() -> None:
+    assert type(prepare_model_for_int8_training_simulation(network(), ARGS, iter(["0"]))[0]) is QLinear
+
+
+def test_prepare_of_a_simulated_model_says_that_it_is_one() -> None:
+    with pytest.raises(
+        ValueError, match=r"^target_module=\['0', '2'\] names no nn.Linear .* but layers of type QLinear$"
+    ):
+        simulated(simulated(network()))
+
+
+def test_prepared_meta_model_gets_its_grid_with_its_weights() -> None:
+    with torch.device("meta"):
+        model = network()
+    simulated(model).to_empty(device="cpu").load_state_dict(network().state_dict())
+    wanted = simulated(network())
+    assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in model.state_dict().items())
+    losses = [train(each, AdamW8bit(groups_of(each, **PROJECTED), lr=0.01), range(3)) for each in (model, wanted)]
+    assert losses[0] == losses[1]
 
 
 def test_prepare_that_fails_changes_nothing() -> None:

@@ -36,10 +36,6 @@ def prepare_model_for_int8_training_simulation(model: nn.Module, args: Any, targ
         >>> type(prepare_model_for_int8_training_simulation(model, args, ["0"])[0]).__name__
         'QLinear'
     """
-    for name, module in model.named_modules():  # before any weight is rounded in place
-        chosen = isinstance(module, nn.Linear) and name.rpartition(".")[2] in target_module
-        if chosen and not module.weight.isfinite().all():
-            raise ValueError(f"{name} cannot be converted: its weight is not finite")
     options = (args.weight_bits, args.weight_group_size, args.stochastic_round)
     convert_named(model, target_module, lambda _, linear: QLinear.from_linear(linear, *options))
     return model
