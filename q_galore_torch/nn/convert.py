@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from q_galore_torch.nn.initialize import initialized_modules
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.nn.linear import QGaLoreLinear, check_layer_options
+from q_galore_torch.nn.old_names import HookedParameter
 from q_galore_torch.nn.simulate import QLinear
 from q_galore_torch.progress import shown
 from q_galore_torch.subspace import side_of
@@ -377,6 +378,9 @@ def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     exported = copy.deepcopy(model, memo)
     for module in exported.modules():
         module.__dict__.pop(_MARK, None)
+    for parameter in cast(Iterator[Any], exported.parameters()):
+        if type(parameter) is HookedParameter:
+            parameter.__class__ = nn.Parameter
     return exported if dtype is None else exported.to(dtype)
 
 

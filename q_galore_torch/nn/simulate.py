@@ -13,10 +13,50 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from q_galore_torch import ops
 from q_galore_torch.nn.linear import check_layer_options
+from q_galore_torch.nn.old_names import HookedParameter
 
 # Beside the weights and not on them: torch drops the attributes of a Parameter that is copied. By weak references, or
 # a weight would keep its layer and with it itself alive.
 _layers = WeakTensorKeyDictionary()
+
+
+class GridWeight(HookedParameter):
+    """The float weight of a :class:`QLinear`, which answers what the public code hangs on it.
+
+    Attributes:
+        group_size: the layer's; cannot be changed.
+        stochastic_round: the layer's.
+    """
+
+    def _layer(self) -> QLinear:
+        layer = simulated(self)
+        if layer is None:
+            raise AttributeError("this parameter is not the weight of a QLinear any more")
+        return layer
+
+    @property
+    def group_size(self) -> int:
+        """See the class."""
+        return self._layer().group_size
+
+    @group_size.setter
+    def group_size(self, value: int) -> None:
+        if value != self.group_size:
+            raise ValueError(
+                f"group_size of this simulated INT8 weight is {self.group_size} and cannot be changed, got {value!r}: "
+                "make a new layer"
+            )
+
+    @property
+    def stochastic_round(self) -> bool:
+        """See the class."""
+        return self._layer().stochastic_round
+
+    @stochastic_round.setter
+    def stochastic_round(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"stochastic_round of a simulated INT8 weight must be True or False, got {value!r}")
+        self._layer().stochastic_round = value
 
 
 class QLinear(nn.Linear):
@@ -42,7 +82,8 @@ class QLinear(nn.Linear):
             nearest.
 
     Attributes:
-        weight: parameter [m, n]; every number lies on the grid after a step of QGaLoreAdamW8bit.
+        weight: parameter [m, n]; every number lies on the grid after a step of QGaLoreAdamW8bit. It has the attributes
+            ``group_size`` and ``stochastic_round`` of the layer, and ``backward_hook``.
         scales: buffer, float32 [ceil(mn / group_size)].
         zeros: buffer, int32 [ceil(mn / group_size)].
 
@@ -62,6 +103,7 @@ class QLinear(nn.Linear):
 
     scales: Tensor
     zeros: Tensor
+    label = ""  # the qualified name in the model that was prepared
 
     def __init__(
         self,
@@ -91,19 +133,21 @@ class QLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, num_bits: int = 8, group_size: int = 256, stochastic_round: bool = True
+        cls, linear: nn.Linear, num_bits: int = 8, group_size: int = 256, stochastic_round: bool = True, label: str = ""
     ) -> QLinear:
         """The layer of an ``nn.Linear``, whose parameters it takes over; the weight is rounded to its grid.
 
         Args:
             linear: the layer to convert.
             num_bits, group_size, stochastic_round: as for the class.
+            label: qualified name.
         """
         _check_options(num_bits, group_size, stochastic_round)
         layer = cls.__new__(cls)
         layer.__dict__.update(linear.__dict__)  # with its hooks, whose handles still remove them
         layer._parameters, layer._buffers = dict(linear._parameters), dict(linear._buffers)
         layer.num_bits, layer.group_size, layer.stochastic_round = num_bits, group_size, stochastic_round
+        layer.label = label
         layer._add_grid()
         return layer
 
@@ -188,6 +232,8 @@ class QLinear(nn.Linear):
         return self
 
     def _register(self) -> None:
+        if type(self.weight) in (nn.Parameter, HookedParameter):
+            self.weight.__class__ = GridWeight
         _layers[self.weight] = weakref.ref(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
