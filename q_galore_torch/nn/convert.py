@@ -378,9 +378,9 @@ def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     exported = copy.deepcopy(model, memo)
     for module in exported.modules():
         module.__dict__.pop(_MARK, None)
-    for parameter in cast(Iterator[Any], exported.parameters()):
+    for parameter in exported.parameters():
         if type(parameter) is HookedParameter:
-            parameter.__class__ = nn.Parameter
+            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
     return exported if dtype is None else exported.to(dtype)
 
 
