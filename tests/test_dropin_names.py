@@ -247,6 +247,13 @@ def test_attributes_take_back_what_they_gave() -> None:
         setattr(weight, name, getattr(weight, name))
 
 
+def test_assigning_a_tensor_says_how_a_weight_is_set() -> None:
+    """As the public code's own load_model_weight does."""
+    layer = QGaLoreLinear(torch.randn(8, 8), None)
+    with pytest.raises(RuntimeError, match=r"cannot be replaced by a Tensor; .* set by layer\.set_weight\(tensor\) or"):
+        layer.weight = torch.zeros(8, 8, dtype=torch.uint8)
+
+
 def test_float_grad_is_the_gradient() -> None:
     model = prepared()
     model(batch(0)).backward()
