@@ -363,6 +363,19 @@ def test_prepare_that_fails_changes_nothing() -> None:
     assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, start["0.weight"])
 
 
+def test_layer_whose_weight_is_not_finite_says_so() -> None:
+    broken, model = network(), simulated(network())
+    broken[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"Sequential:\n\s*2\.weight must be finite to be quantised$"):
+        model.load_state_dict(broken.state_dict())
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="^the weight of 2 is not finite and has no INT8 grid$"):
+        model(torch.ones(1, 96))
+    with pytest.raises(ValueError, match="^the weight of a QLinear is not finite"):
+        QLinear(2, 2, weight_data=torch.full((2, 2), float("inf")))
+
+
 # ------------------------------------------------------------ the optimizer
 
 

@@ -166,7 +166,7 @@ class QLinear(nn.Linear):
         self._register()
         if self.weight.is_meta or self.weight.numel() == 0:
             return
-        codes, scales, zeros = _quantise(self.weight, self.group_size)
+        codes, scales, zeros = self._quantised()
         self.scales.copy_(scales)
         self.write(codes, self.scales, zeros)
 
@@ -181,7 +181,7 @@ class QLinear(nn.Linear):
         codes = (flat.float() / scales).round_().add_(zeros)
         outside = ~((codes >= 0) & (codes <= 255))  # NaN too
         if outside.any():
-            new_codes, new_scales, new_zeros = _quantise(weight, size)
+            new_codes, new_scales, new_zeros = self._quantised()
             groups = F.pad(outside, (0, -flat.numel() % size)).view(-1, size).any(1)
             codes = torch.where(self._spread(groups), new_codes.view(-1).float(), codes)
             self.scales.copy_(torch.where(groups, new_scales, self.scales))
@@ -194,6 +194,11 @@ class QLinear(nn.Linear):
         self.zeros.copy_(zeros)
         if scales is not self.scales:
             self.scales.copy_(scales)
+
+    def _quantised(self) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.weight.isfinite().all():
+            raise ValueError(f"the weight of {self.label or 'a QLinear'} is not finite and has no INT8 grid")
+        return _quantise(self.weight, self.group_size)
 
     def _spread(self, values: Tensor) -> Tensor:
         """One of each group's values for each weight, [mn]."""
@@ -250,6 +255,10 @@ class QLinear(nn.Linear):
         weight = state_dict.get(prefix + "weight")
         grid = {prefix + "scales", prefix + "zeros"} & state_dict.keys()
         if weight is not None and not grid and weight.shape == self.weight.shape:
+            if not weight.isfinite().all():
+                error_msgs: list[str] = arguments[-1]
+                error_msgs.append(f"{prefix}weight must be finite to be quantised")
+                return
             add_grid(state_dict, prefix, self.group_size)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
