@@ -103,6 +103,8 @@ def load_optimizer_state(optimizer: QGaLoreAdamW8bit, path: str | os.PathLike[st
         found = read_tensors(path)
     rest = dict(found)
     saved = rest.pop("optimizer") if "optimizer" in found else found
+    if not isinstance(saved, dict):
+        raise ValueError(f"the entry 'optimizer' of {os.fspath(path)} must be a dict, got {type(saved).__name__}")
     if public_state.is_public(saved):
         saved = public_state.converted(optimizer, saved, leave_out_projected=True)
     optimizer.load_state_dict(saved)
