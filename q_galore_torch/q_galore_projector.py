@@ -20,6 +20,10 @@ _PARTS = ("codes", "scales", "zeros")
 _SETTINGS = ("rank", "proj_type", "proj_format", "proj_block")
 
 
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
 class GaLoreProjector:
     """Projects the gradients of one matrix, as the public Q-GaLore code and the hpml fork of GaLore do.
 
@@ -271,10 +275,30 @@ class GaLoreProjector:
         for key in _SETTINGS:
             if state_dict[key] != own[key]:
                 raise ValueError(f"{key} must be {own[key]!r}, as in this projector, got {state_dict[key]!r}")
-        shape = tuple(state_dict["shape"]) or None
-        template = [self._encode(torch.zeros(size)) for _, size in self._plan(shape)]
-        if any(len(state_dict[part]) != len(template) for part in _PARTS):
-            raise ValueError(f"the state for gradients {state_dict['shape']} must hold {len(template)} bases")
+        sizes = state_dict["shape"]
+        if not _is_list(sizes, int) or len(sizes) == 1 or any(size < 1 for size in sizes):
+            raise ValueError(f"shape must be [] or a list of two or more sizes, got {sizes!r}")
+        shape = tuple(sizes) or None
+        plan = self._plan(shape)
+        template = [self._encode(torch.zeros(size)) for _, size in plan]
+        for part in _PARTS:
+            if not _is_list(state_dict[part], Tensor):
+                raise ValueError(f"{part} must be a list of tensors, got {state_dict[part]!r:.80}")
+            if len(state_dict[part]) != len(template):
+                raise ValueError(f"the state for gradients {sizes} must hold {len(template)} bases")
+        for key, least in (("update_proj_gap", 1), ("svd_count", 0), ("due", 0)):
+            if not isinstance(state_dict[key], int) or state_dict[key] < least:
+                raise ValueError(f"{key} must be an integer >= {least}, got {state_dict[key]!r}")
+        if not _is_list(state_dict["queue"], float):
+            raise ValueError(f"queue must be a list of numbers, got {state_dict['queue']!r:.80}")
+        past, lengths = state_dict["past_vector"], [0, *(size[side == RIGHT] for side, size in plan[:1])]
+        if (
+            not isinstance(past, Tensor)
+            or past.dtype != torch.float32
+            or list(past.shape) not in [[n] for n in lengths]
+        ):
+            got = f"{past.dtype} {list(past.shape)}" if isinstance(past, Tensor) else repr(past)
+            raise ValueError(f"past_vector must be a float32 tensor [{' or '.join(map(str, lengths))}], got {got}")
         stored = list(zip(*(state_dict[part] for part in _PARTS), strict=True))
         for parts, expected in zip(stored, template, strict=True):
             for name, part, wanted in zip(_PARTS, parts, expected, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import re
 from argparse import Namespace
@@ -246,6 +247,13 @@ def test_attributes_take_back_what_they_gave() -> None:
         setattr(weight, name, getattr(weight, name))
 
 
+def test_assigning_a_tensor_says_how_a_weight_is_set() -> None:
+    """As the public code's own load_model_weight does."""
+    layer = QGaLoreLinear(torch.randn(8, 8), None)
+    with pytest.raises(RuntimeError, match=r"cannot be replaced by a Tensor; .* set by layer\.set_weight\(tensor\) or"):
+        layer.weight = torch.zeros(8, 8, dtype=torch.uint8)
+
+
 def test_float_grad_is_the_gradient() -> None:
     model = prepared()
     model(batch(0)).backward()
@@ -364,6 +372,49 @@ def test_backward_hook_goes_to_the_leaf_that_replaces_a_meta_one() -> None:
 
 def calls_of(calls: list[Any]) -> Any:
     return calls.append
+
+
+def test_backward_hook_of_a_frozen_parameter_waits_until_it_trains() -> None:
+    model, calls = prepared(), []
+    frozen = [model.lm_head.weight, model.layers[0].mlp.up_proj.weight]
+    for p in frozen:
+        p.requires_grad_(False)
+        p.backward_hook = lambda p: calls.append(tuple(p.shape))
+        assert not p.requires_grad
+    model(batch(0)).backward()
+    assert calls == [] and all(p.grad is None for p in frozen)
+    for p in frozen:
+        p.requires_grad_(True)
+    model(batch(0)).backward()
+    assert sorted(calls) == sorted(tuple(p.shape) for p in frozen)
+
+
+def test_pickled_model_takes_hooks_and_has_none() -> None:
+    model, calls = prepared(), []
+    for p in model.parameters():
+        p.backward_hook = lambda p: calls.append(p)  # which itself could not be pickled
+    file = io.BytesIO()
+    torch.save(model, file)
+    twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    twin(batch(0)).backward()
+    assert calls == []
+    for p in twin.parameters():
+        p.backward_hook = calls.append
+    twin(batch(0)).backward()
+    assert {id(p) for p in calls} == {id(p) for p in twin.parameters()}
+
+
+def test_exported_model_has_ordinary_parameters() -> None:
+    model = prepared()
+    model.lm_head.weight.backward_hook = print
+    assert {type(p) for p in qg.export_model(model).parameters()} == {nn.Parameter}
+
+
+def test_pickled_parameters_are_read_with_weights_only() -> None:
+    model, file = prepared(), io.BytesIO()
+    torch.save({"bias": model.lm_head.weight}, file)
+    found = torch.load(io.BytesIO(file.getvalue()), weights_only=True)["bias"]
+    assert torch.equal(found, model.lm_head.weight) and found.requires_grad
 
 
 def test_backward_hook_must_be_callable() -> None:

@@ -386,3 +386,53 @@ def test_load_optimizer_state_reads_our_own_file(tmp_path: Path) -> None:
     fresh = projected()
     assert load_optimizer_state(fresh, tmp_path / "ours.pt") == {"epoch": 2}
     assert [entry["refreshes"] for entry in fresh.telemetry()[1:]] == [1]
+
+
+# ------------------------------------------------------------ what no Adam of those projects writes
+
+
+def torch_state(**options: Any) -> tuple[nn.Parameter, dict[str, Any]]:
+    """The state dict of torch.optim.AdamW after a step of one parameter."""
+    parameter = nn.Parameter(torch.randn(8, 8))
+    opt = torch.optim.AdamW([parameter], lr=0.01, **options)
+    parameter.square().sum().backward()
+    opt.step()
+    return parameter, opt.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({"amsgrad": True}, {}, r"got exp_avg, exp_avg_sq, max_exp_avg_sq, step$"),
+        ({"maximize": True}, {}, "the saved optimizer has maximize=True"),
+        ({}, {"step": torch.tensor(-5.0)}, r"step of .* must be an integer >= 0, got tensor\(-5\.\)"),
+        ({}, {"step": torch.tensor(float("nan"))}, r"step of .* must be an integer >= 0, got tensor\(nan\)"),
+        ({}, {"step": "x"}, "step of .* must be an integer >= 0, got 'x'"),
+        ({}, {"exp_avg_sq": torch.full((8, 8), -1.0)}, "state2 of .* is a second moment and holds values below zero"),
+    ],
+)
+def test_public_state_that_no_adam_has_is_refused(
+    options: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    parameter, saved = torch_state(**options)
+    saved["state"][0].update(change)
+    opt = qg.QGaLoreAdamW8bit([parameter])
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved)
+    assert opt.state[parameter]["step"] == 0 and opt.param_groups[0]["lr"] == 1e-3
+
+
+def test_public_state_must_be_a_dict_for_each_parameter() -> None:
+    parameter, saved = torch_state()
+    saved["state"][1] = [1]
+    saved["param_groups"][0]["params"] = [0, 1]
+    opt = qg.QGaLoreAdamW8bit([parameter, nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="the saved state of parameter 1 of group 0 .* must be a dict, got list"):
+        opt.load_state_dict(saved)
+
+
+def test_load_optimizer_state_refuses_an_entry_that_is_no_dict(tmp_path: Path) -> None:
+    torch.save({"optimizer": None}, tmp_path / "optimizer.pt")
+    opt = qg.QGaLoreAdamW8bit([nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match=r"the entry 'optimizer' of .*optimizer\.pt must be a dict, got NoneType"):
+        load_optimizer_state(opt, tmp_path / "optimizer.pt")

@@ -16,6 +16,7 @@ import q_galore_torch as qg
 from public_files import public_decoded, public_model
 from q_galore_torch.utils.quantization import prepare_model_for_int8_training
 from q_galore_torch.utils.setup import load_model_weight, saving_model_weight
+from q_galore_torch.utils.simulate_quantization import prepare_model_for_int8_training_simulation
 
 NAMES = ["1", "3"]
 
@@ -242,3 +243,63 @@ def test_load_model_weight_goes_with_the_public_codes_own_preparation(public_fil
     saving_model_weight(model, tmp_path / "ours.bin")
     again = load_model_weight(prepare_model_for_int8_training(float_model(4), args, NAMES), tmp_path / "ours.bin")
     assert same(bits(again), bits(model))
+
+
+# ------------------------------------------------------------ simulated layers
+
+
+def simulated(seed: int = 1, group_size: int = 256) -> nn.Module:
+    args = Namespace(weight_bits=8, weight_group_size=group_size, stochastic_round=True)
+    return prepare_model_for_int8_training_simulation(float_model(seed), args, NAMES)
+
+
+@pytest.mark.parametrize("writer", ["public code", "ours"])
+def test_load_model_weight_gives_simulated_layers_the_stored_codes(writer: str, tmp_path: Path) -> None:
+    """With their own scales and zero points, which another range of the same weights would not have."""
+    entries = public_model(float_model(), NAMES)
+    for name in NAMES:
+        entries[f"{name}.weight"].data.clamp_(60, 200)
+    entries["3.stochastic_round"] = False
+    torch.save(entries, tmp_path / "file.bin")
+    real = load_model_weight(prepared("full"), tmp_path / "file.bin")
+    if writer == "ours":
+        saving_model_weight(real, tmp_path / "file.bin")
+    model = load_model_weight(simulated(), tmp_path / "file.bin")
+    for name in NAMES:
+        layer, wanted = model.get_submodule(name), real.get_submodule(name)
+        parts = zip(layer.read(), (wanted.qweight, wanted.scales, wanted.zeros), strict=True)
+        assert all(torch.equal(got, part) for got, part in parts)
+        assert torch.equal(layer.weight, wanted.dequantize())
+    assert [model.get_submodule(name).stochastic_round for name in NAMES] == [True, writer == "ours"]
+
+
+def test_load_model_weight_gives_simulated_layers_a_grid_for_floats(tmp_path: Path) -> None:
+    saving_model_weight(float_model(), tmp_path / "float.bin")  # as the public code writes simulated models
+    model, wanted = load_model_weight(simulated(), tmp_path / "float.bin"), simulated(0)
+    assert same(bits(model), bits(wanted))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_model_weight_takes_simulated_files(kind: str, tmp_path: Path) -> None:
+    source = simulated(0)
+    saving_model_weight(source, tmp_path / "simulated.bin")
+    model = load_model_weight(KINDS[kind](), tmp_path / "simulated.bin")
+    for name in NAMES:
+        assert torch.allclose(weight_of(model.get_submodule(name)), source.get_submodule(name).weight, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [simulated, prepared])
+def test_load_model_weight_names_a_weight_that_is_not_finite(make: Any, tmp_path: Path) -> None:
+    source = float_model()
+    source[3].weight.data[0, 0] = float("nan")
+    saving_model_weight(source, tmp_path / "float.bin")
+    model = make()
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"does not fit the model: 3\.weight must be finite to be quantised"):
+        load_model_weight(model, tmp_path / "float.bin")
+    assert same(bits(model), before)
+
+
+def test_load_model_weight_refuses_codes_of_another_group_size_for_simulated_layers(public_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"1\.group_size must be 128, as in this layer, got 256"):
+        load_model_weight(simulated(group_size=128), public_file)

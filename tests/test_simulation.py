@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import q_galore_torch as qg
 from q_galore_torch import ops
 from q_galore_torch.q_galore_adamw8bit_simulate import AdamW8bit
+from q_galore_torch.utils.quantization import prepare_model_for_int8_training
 from q_galore_torch.utils.simulate_quantization import QLinear, prepare_model_for_int8_training_simulation
 
 ARGS = Namespace(weight_bits=8, weight_group_size=256, stochastic_round=True)
@@ -251,6 +252,61 @@ def test_prepare_goes_by_the_childrens_own_names() -> None:
     assert type(model.up.up) is QLinear and type(model.up.upper) is nn.Linear
 
 
+@pytest.mark.parametrize("change", ["", "cast", "deepcopy", "pickle", "assign"])
+def test_weight_answers_the_public_attributes(change: str) -> None:
+    model = simulated(network(), stochastic_round=False, weight_group_size=128)
+    if change == "cast":
+        model.to(torch.bfloat16)
+    elif change == "assign":
+        model.load_state_dict(copy.deepcopy(model).state_dict(), assign=True)
+    elif change:
+        model = copy.deepcopy(model) if change == "deepcopy" else pickle.loads(pickle.dumps(model))
+    marked = [name for name, p in model.named_parameters() if hasattr(p, "group_size")]
+    assert marked == ["0.weight", "2.weight"]
+    weight = model[0].weight
+    assert (weight.group_size, weight.stochastic_round) == (128, False)
+    weight.stochastic_round = True
+    assert model[0].stochastic_round
+    with pytest.raises(ValueError, match="stochastic_round of a simulated INT8 weight must be True or False, got 1"):
+        weight.stochastic_round = 1
+    with pytest.raises(ValueError, match="is 128 and cannot be changed, got 64: make a new layer"):
+        weight.group_size = 64
+
+
+def test_public_per_layer_loop_trains_every_parameter() -> None:
+    """One optimizer for each parameter, stepped by a hook."""
+    model, opts = simulated(network()), {}
+    for p in model.parameters():
+        rank = PROJECTED if hasattr(p, "group_size") else {}
+        opts[p] = AdamW8bit([{"params": [p], **rank}], lr=0.01)
+
+    def hook(p: Tensor) -> None:
+        opts[p].step()
+        opts[p].zero_grad()
+
+    for p in model.parameters():
+        setattr(p, "backward_hook", hook)  # noqa: B010 (as the public script has it)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model(torch.randn(16, 96)).square().mean().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is None and not torch.equal(p, start[name]), name
+
+
+def test_public_per_layer_loop_is_that_of_int8_weights() -> None:
+    """Every weight with noise of its own, and the same one."""
+    real = prepare_model_for_int8_training(network(), ARGS, ["0", "2"])
+    mine = simulated(network())
+    for model in (real, mine):
+        opts = {p: AdamW8bit([{"params": [p], **PROJECTED}], lr=0.01) for p in (model[0].weight, model[2].weight)}
+        assert len({state["id"] for opt in opts.values() for state in opt.state.values()}) == 2
+        for p, opt in opts.items():
+            p.backward_hook = lambda p, opt=opt: (opt.step(), opt.zero_grad())
+        for step in range(3):
+            x = torch.randn(16, 96, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+    assert codes_differ(real, mine) == [0, 0]
+
+
 def test_prepare_keeps_tied_layers_one() -> None:
     model = network()
     model.append(nn.Linear(96, 160))
@@ -265,6 +321,8 @@ def test_prepare_keeps_tied_layers_one() -> None:
         ({}, ["q_proj"], "names no nn.Linear"),
         ({}, "0", "target_module must be a list of child names"),
         ({}, [], "target_module must be a list of child names"),
+        ({}, None, "target_module must be a list of child names, got None"),
+        ({}, 3, "target_module must be a list of child names, got 3"),
         ({"weight_bits": 4}, ["0"], "num_bits must be 8, got 4"),
         ({"weight_group_size": -1}, ["0"], "group_size must be an integer >= 1, got -1"),
     ],
@@ -272,6 +330,27 @@ def test_prepare_keeps_tied_layers_one() -> None:
 def test_prepare_refuses(changes: dict[str, Any], names: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         prepare_model_for_int8_training_simulation(network(), Namespace(**{**vars(ARGS), **changes}), names)
+
+
+def test_prepare_takes_any_iterable_of_names() -> None:
+    assert type(prepare_model_for_int8_training_simulation(network(), ARGS, iter(["0"]))[0]) is QLinear
+
+
+def test_prepare_of_a_simulated_model_says_that_it_is_one() -> None:
+    with pytest.raises(
+        ValueError, match=r"^target_module=\['0', '2'\] names no nn.Linear .* but layers of type QLinear$"
+    ):
+        simulated(simulated(network()))
+
+
+def test_prepared_meta_model_gets_its_grid_with_its_weights() -> None:
+    with torch.device("meta"):
+        model = network()
+    simulated(model).to_empty(device="cpu").load_state_dict(network().state_dict())
+    wanted = simulated(network())
+    assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in model.state_dict().items())
+    losses = [train(each, AdamW8bit(groups_of(each, **PROJECTED), lr=0.01), range(3)) for each in (model, wanted)]
+    assert losses[0] == losses[1]
 
 
 def test_prepare_that_fails_changes_nothing() -> None:
@@ -282,6 +361,19 @@ def test_prepare_that_fails_changes_nothing() -> None:
     with pytest.raises(ValueError, match="2 cannot be converted: its weight is not finite"):
         simulated(model)
     assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, start["0.weight"])
+
+
+def test_layer_whose_weight_is_not_finite_says_so() -> None:
+    broken, model = network(), simulated(network())
+    broken[2].weight.data[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match=r"Sequential:\n\s*2\.weight must be finite to be quantised$"):
+        model.load_state_dict(broken.state_dict())
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="^the weight of 2 is not finite and has no INT8 grid$"):
+        model(torch.ones(1, 96))
+    with pytest.raises(ValueError, match="^the weight of a QLinear is not finite"):
+        QLinear(2, 2, weight_data=torch.full((2, 2), float("inf")))
 
 
 # ------------------------------------------------------------ the optimizer
@@ -421,6 +513,7 @@ def test_exported_simulation_is_an_ordinary_model() -> None:
     with torch.no_grad():
         model[2].weight.add_(1e-4)
     exported = qg.export_model(model)
+    assert {type(p) for p in exported.parameters()} == {nn.Parameter}
     assert [type(m) for m in exported] == [type(m) for m in network()] and not exported[0].weight.requires_grad
     x = torch.randn(3, 96)
     assert torch.equal(exported(x), model(x)) and exported[2].weight.requires_grad

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from q_galore_torch.nn.initialize import initialized_modules
 from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.nn.linear import QGaLoreLinear, check_layer_options
+from q_galore_torch.nn.old_names import HookedParameter
 from q_galore_torch.nn.simulate import QLinear
 from q_galore_torch.progress import shown
 from q_galore_torch.subspace import side_of
@@ -119,13 +120,20 @@ def convert_named(model: nn.Module, names: Sequence[str], convert: Callable[[str
     Raises:
         ValueError: there is no such layer, or one cannot be converted (see :func:`prepare_model`).
     """
-    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+    listed = isinstance(names, Iterable) and not isinstance(names, str)
+    names = list(names) if listed else names
+    if not listed or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"target_module must be a list of child names, got {names!r}")
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not any(name.rpartition(".")[2] in names for name in linears):
-        raise ValueError(f"target_module={list(names)!r} names no nn.Linear of the model")
+    named = [module for name, module in model.named_modules() if name.rpartition(".")[2] in names]
+    if not any(type(module) is nn.Linear or _is_computed(module) for module in named):
+        others = sorted({type(module).__name__ for module in named if isinstance(module, nn.Linear)})
+        but = f", but layers of type {' and '.join(others)}" if others else ""
+        raise ValueError(f"target_module={names!r} names no nn.Linear of the model{but}")
     targets = _targets(model, rf"(?s:(.*\.)?({'|'.join(map(re.escape, names))}))")
     _refuse_tied(model, targets)
+    for name, linear in targets.items():  # before any weight is rounded in place
+        if not linear.weight.is_meta and not linear.weight.isfinite().all():
+            raise ValueError(f"{name} cannot be converted: its weight is not finite")
     _convert(model, targets, convert)
 
 
@@ -370,6 +378,9 @@ def export_model(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     exported = copy.deepcopy(model, memo)
     for module in exported.modules():
         module.__dict__.pop(_MARK, None)
+    for parameter in exported.parameters():
+        if type(parameter) is HookedParameter:
+            parameter.__class__ = nn.Parameter  # type: ignore[assignment]
     return exported if dtype is None else exported.to(dtype)
 
 

@@ -197,6 +197,7 @@ class QGaLoreLinear(nn.Module):
             raise RuntimeError(
                 f"the zero leaf {name} of {self.label or 'a QGaLoreLinear'} cannot be replaced by a "
                 f"{type(value).__name__}; FSDP and fully_shard are not supported, use DistributedDataParallel"
+                + ("; a weight is set by layer.set_weight(tensor) or load_state_dict()" if name == "weight" else "")
             )
         if name == "weight" and self.__dict__.get("_leaf_name") == "coordinates" and self.weight_bits is not None:
             raise RuntimeError(

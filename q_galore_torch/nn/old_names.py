@@ -43,11 +43,35 @@ class BackwardHook:
         def call(weight: Any) -> None:  # torch refuses hooks that return something
             hook(weight)
 
-        return self.register_post_accumulate_grad_hook(call)  # type: ignore[attr-defined]
+        weight: Any = self
+        trains = weight.requires_grad
+        try:
+            weight.requires_grad_(True)  # torch takes no hook of a frozen tensor, but calls one once it trains again
+            handle: RemovableHandle = weight.register_post_accumulate_grad_hook(call)
+            return handle
+        finally:
+            weight.requires_grad_(trains)
 
 
 class HookedParameter(BackwardHook, nn.Parameter):
     """An ordinary parameter of a prepared model, whose ``backward_hook`` is called like that of an INT8 weight."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (self.data, self.requires_grad)  # without the hook, as in a deepcopy
+
+
+def _rebuild(data: Tensor, requires_grad: bool) -> HookedParameter:
+    return HookedParameter(data, requires_grad)
+
+
+torch.serialization.add_safe_globals([_rebuild])  # for files that hold parameters and no detached tensors
+
+
+def hook_parameters(model: nn.Module) -> None:
+    """Make all ordinary parameters of a model :class:`HookedParameter`, the same objects with the same values."""
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter:
+            parameter.__class__ = HookedParameter
 
 
 class OldNames(BackwardHook):

@@ -13,10 +13,50 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from q_galore_torch import ops
 from q_galore_torch.nn.linear import check_layer_options
+from q_galore_torch.nn.old_names import HookedParameter
 
 # Beside the weights and not on them: torch drops the attributes of a Parameter that is copied. By weak references, or
 # a weight would keep its layer and with it itself alive.
 _layers = WeakTensorKeyDictionary()
+
+
+class GridWeight(HookedParameter):
+    """The float weight of a :class:`QLinear`, which answers what the public code hangs on it.
+
+    Attributes:
+        group_size: the layer's; cannot be changed.
+        stochastic_round: the layer's.
+    """
+
+    def _layer(self) -> QLinear:
+        layer = simulated(self)
+        if layer is None:
+            raise AttributeError("this parameter is not the weight of a QLinear any more")
+        return layer
+
+    @property
+    def group_size(self) -> int:
+        """See the class."""
+        return self._layer().group_size
+
+    @group_size.setter
+    def group_size(self, value: int) -> None:
+        if value != self.group_size:
+            raise ValueError(
+                f"group_size of this simulated INT8 weight is {self.group_size} and cannot be changed, got {value!r}: "
+                "make a new layer"
+            )
+
+    @property
+    def stochastic_round(self) -> bool:
+        """See the class."""
+        return self._layer().stochastic_round
+
+    @stochastic_round.setter
+    def stochastic_round(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"stochastic_round of a simulated INT8 weight must be True or False, got {value!r}")
+        self._layer().stochastic_round = value
 
 
 class QLinear(nn.Linear):
@@ -42,7 +82,8 @@ class QLinear(nn.Linear):
             nearest.
 
     Attributes:
-        weight: parameter [m, n]; every number lies on the grid after a step of QGaLoreAdamW8bit.
+        weight: parameter [m, n]; every number lies on the grid after a step of QGaLoreAdamW8bit. It has the attributes
+            ``group_size`` and ``stochastic_round`` of the layer, and ``backward_hook``.
         scales: buffer, float32 [ceil(mn / group_size)].
         zeros: buffer, int32 [ceil(mn / group_size)].
 
@@ -62,6 +103,7 @@ class QLinear(nn.Linear):
 
     scales: Tensor
     zeros: Tensor
+    label = ""  # the qualified name in the model that was prepared
 
     def __init__(
         self,
@@ -91,19 +133,21 @@ class QLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, num_bits: int = 8, group_size: int = 256, stochastic_round: bool = True
+        cls, linear: nn.Linear, num_bits: int = 8, group_size: int = 256, stochastic_round: bool = True, label: str = ""
     ) -> QLinear:
         """The layer of an ``nn.Linear``, whose parameters it takes over; the weight is rounded to its grid.
 
         Args:
             linear: the layer to convert.
             num_bits, group_size, stochastic_round: as for the class.
+            label: qualified name.
         """
         _check_options(num_bits, group_size, stochastic_round)
         layer = cls.__new__(cls)
         layer.__dict__.update(linear.__dict__)  # with its hooks, whose handles still remove them
         layer._parameters, layer._buffers = dict(linear._parameters), dict(linear._buffers)
         layer.num_bits, layer.group_size, layer.stochastic_round = num_bits, group_size, stochastic_round
+        layer.label = label
         layer._add_grid()
         return layer
 
@@ -122,7 +166,7 @@ class QLinear(nn.Linear):
         self._register()
         if self.weight.is_meta or self.weight.numel() == 0:
             return
-        codes, scales, zeros = _quantise(self.weight, self.group_size)
+        codes, scales, zeros = self._quantised()
         self.scales.copy_(scales)
         self.write(codes, self.scales, zeros)
 
@@ -137,7 +181,7 @@ class QLinear(nn.Linear):
         codes = (flat.float() / scales).round_().add_(zeros)
         outside = ~((codes >= 0) & (codes <= 255))  # NaN too
         if outside.any():
-            new_codes, new_scales, new_zeros = _quantise(weight, size)
+            new_codes, new_scales, new_zeros = self._quantised()
             groups = F.pad(outside, (0, -flat.numel() % size)).view(-1, size).any(1)
             codes = torch.where(self._spread(groups), new_codes.view(-1).float(), codes)
             self.scales.copy_(torch.where(groups, new_scales, self.scales))
@@ -150,6 +194,11 @@ class QLinear(nn.Linear):
         self.zeros.copy_(zeros)
         if scales is not self.scales:
             self.scales.copy_(scales)
+
+    def _quantised(self) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.weight.isfinite().all():
+            raise ValueError(f"the weight of {self.label or 'a QLinear'} is not finite and has no INT8 grid")
+        return _quantise(self.weight, self.group_size)
 
     def _spread(self, values: Tensor) -> Tensor:
         """One of each group's values for each weight, [mn]."""
@@ -188,6 +237,8 @@ class QLinear(nn.Linear):
         return self
 
     def _register(self) -> None:
+        if type(self.weight) in (nn.Parameter, HookedParameter):
+            self.weight.__class__ = GridWeight
         _layers[self.weight] = weakref.ref(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -204,10 +255,11 @@ class QLinear(nn.Linear):
         weight = state_dict.get(prefix + "weight")
         grid = {prefix + "scales", prefix + "zeros"} & state_dict.keys()
         if weight is not None and not grid and weight.shape == self.weight.shape:
-            codes, scales, zeros = _quantise(weight, self.group_size)
-            decoded = ops.int8_dequantize(codes, scales, zeros, self.group_size, torch.float32)
-            parts = {"weight": decoded.to(weight.dtype), "scales": scales, "zeros": zeros.int()}
-            state_dict.update({prefix + name: part for name, part in parts.items()})
+            if not weight.isfinite().all():
+                error_msgs: list[str] = arguments[-1]
+                error_msgs.append(f"{prefix}weight must be finite to be quantised")
+                return
+            add_grid(state_dict, prefix, self.group_size)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
@@ -226,6 +278,15 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+def add_grid(state_dict: dict[str, Any], prefix: str, group_size: int) -> None:
+    """Round a float weight of a state dict to a grid of its own, and add that, in place."""
+    weight = state_dict[prefix + "weight"]
+    codes, scales, zeros = _quantise(weight, group_size)
+    decoded = ops.int8_dequantize(codes, scales, zeros, group_size, torch.float32)
+    parts = {"weight": decoded.to(weight.dtype), "scales": scales, "zeros": zeros.int()}
+    state_dict.update({prefix + name: part for name, part in parts.items()})
 
 
 def simulated(parameter: Tensor) -> QLinear | None:

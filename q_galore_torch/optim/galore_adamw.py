@@ -19,6 +19,7 @@ from q_galore_torch import ops
 from q_galore_torch.integrations.distributed import check_replicas, reduce_stashes
 from q_galore_torch.nn.binding import Binding
 from q_galore_torch.nn.leaf import ZeroLeaf, ZeroWeight, bind, check_untouched, layer_of, refuse_elsewhere
+from q_galore_torch.nn.simulate import simulated
 from q_galore_torch.optim import options, public_state, schedule
 from q_galore_torch.optim.describe import describe
 from q_galore_torch.optim.finite import Unread, asynchronous, keep_finite
@@ -530,13 +531,14 @@ def _name(group: dict[str, Any], index: int, position: int) -> str:
 
 
 def _first_id(parameters: list[Tensor]) -> int:
-    """0, or, for an INT8 weight alone in its group, a number made from its layer's name.
+    """0, or, for an INT8 weight (a simulated one too) alone in its group, a number made from its layer's name.
 
     Loops that update per layer with one optimizer for each weight would otherwise give every weight the same id, and
     so the same rounding noise.
     """
     alone = parameters[0] if len(parameters) == 1 else None
-    return zlib.crc32(alone.label.encode()) >> 1 if isinstance(alone, ZeroWeight) and alone.label else 0
+    holder = alone if alone is None or isinstance(alone, ZeroWeight) else simulated(alone)
+    return zlib.crc32(holder.label.encode()) >> 1 if holder is not None and holder.label else 0
 
 
 def _agree_on_names(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:

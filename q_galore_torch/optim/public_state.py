@@ -51,7 +51,10 @@ def is_public(state_dict: Any) -> bool:
     if not isinstance(states, dict):
         return False
     entries = [entry for entry in states.values() if isinstance(entry, dict)]
-    return any(entry.keys() & {"state1", _WRAPPED, "projector"} or entry.keys() == _FLOAT for entry in entries)
+    return any(
+        entry.keys() & {"state1", _WRAPPED, "projector"} or (entry.keys() >= _FLOAT and "id" not in entry)
+        for entry in entries
+    )
 
 
 def converted(
@@ -76,6 +79,8 @@ def converted(
     new_groups: list[dict[str, Any]] = []
     states: dict[Any, dict[str, Any]] = {}
     for own, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+        if saved.get("maximize"):
+            raise ValueError("the saved optimizer has maximize=True, and its moments are of the other sign")
         kept = {key: value for key, value in own.items() if key not in ("params", "param_names")}
         taken = {key: saved[key] for key in _TAKEN if key in saved}
         new_groups.append({**kept, **taken, "params": list(saved["params"])})
@@ -103,6 +108,8 @@ def converted(
 
 def _state(entry: dict[str, Any], own: dict[str, Any], name: str) -> dict[str, Any]:
     """The state of one unprojected parameter."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"the saved state of {name} must be a dict, got {type(entry).__name__}")
     entry = {key: value for key, value in entry.items() if key != _WRAPPED} | entry.get(_WRAPPED, {})
     entry = {key: value.cpu() if isinstance(value, Tensor) else value for key, value in entry.items()}
     if "projector" in entry:
@@ -113,9 +120,12 @@ def _state(entry: dict[str, Any], own: dict[str, Any], name: str) -> dict[str, A
     if odd or not {"step", "state1", "state2"} <= entry.keys():
         raise ValueError(
             f"the saved state of {name} must be of an Adam in bitsandbytes' layout (step, state1, state2 and what "
-            f"decodes them), got {', '.join(sorted(entry))}"
+            f"decodes them) or torch's (step, exp_avg, exp_avg_sq), got {', '.join(sorted(entry))}"
         )
-    step = int(entry["step"])
+    step = entry["step"].item() if isinstance(entry["step"], Tensor) and entry["step"].numel() == 1 else entry["step"]
+    if not isinstance(step, (int, float)) or not 0 <= step < 2**63 or step != int(step):
+        raise ValueError(f"step of {name} must be an integer >= 0, got {entry['step']!r}")
+    step = int(step)
     state = {**own, "step": step, "bias_step": step}
     for index, moment in ((1, "exp_avg"), (2, "exp_avg_sq")):
         state[moment], state[f"{moment}_absmax"] = _moment(entry, index, own[moment], name)
@@ -144,6 +154,8 @@ def _moment(entry: dict[str, Any], index: int, own: Tensor, name: str) -> tuple[
         raise ValueError(f"state{index} of {name} must be uint8 or float, got {stored.dtype}")
     if not bool(value.isfinite().all()):
         raise ValueError(f"state{index} of {name} holds values that are not finite")
+    if not signed and bool((value < 0).any()):
+        raise ValueError(f"state{index} of {name} is a second moment and holds values below zero")
     if wanted == torch.float32:
         return value.view(own.shape), value.new_empty(0)
     codes, absmax = ops.dynamic8_quantize(value.view(1, -1), signed, BLOCK)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from q_galore_torch import nn as layers
 from q_galore_torch.nn.convert import convert_named
-from q_galore_torch.nn.old_names import HookedParameter
+from q_galore_torch.nn.old_names import hook_parameters
 
 
 class QGaLoreLinear(layers.QGaLoreLinear):
@@ -105,9 +105,7 @@ def prepare_model_for_int8_training(model: nn.Module, args: Any, target_module: 
         return layer
 
     convert_named(model, target_module, convert)
-    for parameter in model.parameters():
-        if type(parameter) is nn.Parameter:
-            parameter.__class__ = HookedParameter
+    hook_parameters(model)
     return model
 
 

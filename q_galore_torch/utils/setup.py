@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from q_galore_torch import ops
 from q_galore_torch.nn import QGaLoreLinear, public_weights
+from q_galore_torch.nn.simulate import QLinear, add_grid
 from q_galore_torch.optim import QGaLoreAdamW8bit, public_state
 from q_galore_torch.shards import some, sync_folder
 
 _CODES = {"qweight": torch.uint8, "scales": torch.float32, "zeros": torch.int16}
+_GRID = {"scales": torch.float32, "zeros": torch.int32}  # of a simulated layer, beside its float weight
 _COMPUTED = "rotary_emb.inv_freq"  # older versions of transformers stored it with the weights
 
 
@@ -49,18 +51,19 @@ def load_model_weight(model: nn.Module, path: str | os.PathLike[str]) -> nn.Modu
     """Load a file of :func:`saving_model_weight`, ours or the public code's, into a model of any kind.
 
     INT8 layers take stored codes over as they are, with the public code's ``stochastic_round``, and quantise float
-    weights; in all other layers stored codes are decoded, ``w = scales * (codes - zeros)``.
+    weights; in all other layers stored codes are decoded, ``w = scales * (codes - zeros)``, with their grid where the
+    layer is a simulated one, which gives a float weight without a grid one of its own.
 
     Args:
-        model: prepared with either ``grad_mode``, or an ordinary one.
+        model: prepared with either ``grad_mode``, a simulated or an ordinary one.
         path: of the file. Objects other than tensors, numbers and strings in it are refused.
 
     Returns:
         ``model``.
 
     Raises:
-        ValueError: the file cannot be read, or an entry is missing, has no place in the model, or has another shape or
-            group size; nothing is loaded then.
+        ValueError: the file cannot be read, or an entry is missing, has no place in the model, has another shape or
+            group size, or is a weight to be quantised that is not finite; nothing is loaded then.
 
     Example:
         >>> load_model_weight(model, "pytorch_model.bin")  # doctest: +SKIP
@@ -100,6 +103,8 @@ def load_optimizer_state(optimizer: QGaLoreAdamW8bit, path: str | os.PathLike[st
         found = read_tensors(path)
     rest = dict(found)
     saved = rest.pop("optimizer") if "optimizer" in found else found
+    if not isinstance(saved, dict):
+        raise ValueError(f"the entry 'optimizer' of {os.fspath(path)} must be a dict, got {type(saved).__name__}")
     if public_state.is_public(saved):
         saved = public_state.converted(optimizer, saved, leave_out_projected=True)
     optimizer.load_state_dict(saved)
@@ -127,12 +132,12 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     return found
 
 
-def _fit(entries: dict[str, Any], model: nn.Module) -> list[tuple[QGaLoreLinear, bool]]:
+def _fit(entries: dict[str, Any], model: nn.Module) -> list[tuple[QGaLoreLinear | QLinear, bool]]:
     """Make a file's entries those of the model's state dict, in place; gives the layers' ``stochastic_round``."""
     layers = {
         f"{name}." if name else "": module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, QGaLoreLinear) and module.weight_bits is not None
+        if isinstance(module, QLinear) or (isinstance(module, QGaLoreLinear) and module.weight_bits is not None)
     }
     own = model.state_dict()
     names = [key.removesuffix("weight") for key in entries if key.rpartition(".")[2] == "weight"]
@@ -140,19 +145,32 @@ def _fit(entries: dict[str, Any], model: nn.Module) -> list[tuple[QGaLoreLinear,
     rounding = {prefix: public_weights.convert(entries, prefix) for prefix in public}
     for prefix in [key.removesuffix("qweight") for key in entries if key.rpartition(".")[2] == "qweight"]:
         _check_codes(entries, prefix)
-        if prefix not in layers:
-            entries[f"{prefix}weight"] = public_weights.decoded(entries, prefix)
-        elif int(entries[f"{prefix}group_size"]) != layers[prefix].group_size:
+        if prefix in layers and int(entries[f"{prefix}group_size"]) != layers[prefix].group_size:
             need, got = layers[prefix].group_size, int(entries[f"{prefix}group_size"])
             raise ValueError(f"{prefix}group_size must be {need}, as in this layer, got {got}")
+        if not isinstance(layers.get(prefix), QGaLoreLinear):
+            grid = {f"{prefix}{key}": entries[f"{prefix}{key}"].to(dtype) for key, dtype in _GRID.items()}
+            entries[f"{prefix}weight"] = public_weights.decoded(entries, prefix)
+            entries.update(grid if prefix in layers else {})
     for prefix, layer in layers.items():
         weight = entries.get(f"{prefix}weight")
-        if isinstance(weight, Tensor):
-            _check_shape(f"{prefix}weight", weight, (layer.out_features, layer.in_features))
-            del entries[f"{prefix}weight"]
-            parts = ops.int8_quantize(weight.detach().contiguous(), layer.group_size)
-            entries.update({prefix + key: part for key, part in zip(_CODES, parts, strict=True)})
-            entries[f"{prefix}group_size"] = own[f"{prefix}group_size"]
+        kept = isinstance(layer, QLinear) and any(f"{prefix}{key}" in entries for key in _GRID)
+        if not isinstance(weight, Tensor) or kept:
+            continue
+        _check_shape(f"{prefix}weight", weight, (layer.out_features, layer.in_features))
+        if not weight.isfinite().all():
+            raise ValueError(f"{prefix}weight must be finite to be quantised")
+        if isinstance(layer, QLinear):
+            add_grid(entries, prefix, layer.group_size)
+            continue
+        del entries[f"{prefix}weight"]
+        parts = ops.int8_quantize(weight.detach().contiguous(), layer.group_size)
+        entries.update({prefix + key: part for key, part in zip(_CODES, parts, strict=True)})
+        entries[f"{prefix}group_size"] = own[f"{prefix}group_size"]
+    for prefix in [key.removesuffix("weight") for key in entries if key.rpartition(".")[2] == "weight"]:
+        if all(getattr(entries.get(f"{prefix}{key}"), "dtype", None) == dtype for key, dtype in _GRID.items()):
+            for key in [f"{prefix}{key}" for key in _GRID if f"{prefix}{key}" not in own]:
+                del entries[key]  # of a simulated layer, whose weight lies on this grid
     for key in [key for key in entries if key.endswith(_COMPUTED) and key not in own]:
         del entries[key]
     for kind, keys in (("lacks", own.keys() - entries.keys()), ("alone has", entries.keys() - own.keys())):

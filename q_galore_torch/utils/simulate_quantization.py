@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from q_galore_torch.nn.convert import convert_named
+from q_galore_torch.nn.old_names import hook_parameters
 from q_galore_torch.nn.simulate import QLinear
 
 __all__ = ["QLinear", "prepare_model_for_int8_training_simulation"]
@@ -29,6 +30,10 @@ def prepare_model_for_int8_training_simulation(model: nn.Module, args: Any, targ
             reads ``.weight`` itself, or the weight is shared with another module, computed from other tensors or not
             finite. No layer is converted then.
 
+    Note:
+        ``setattr(p, "backward_hook", f)`` works for every parameter of the model afterwards, as after
+        :func:`q_galore_torch.utils.quantization.prepare_model_for_int8_training`.
+
     Example:
         >>> from argparse import Namespace
         >>> args = Namespace(weight_bits=8, weight_group_size=256, stochastic_round=True)
@@ -36,10 +41,7 @@ def prepare_model_for_int8_training_simulation(model: nn.Module, args: Any, targ
         >>> type(prepare_model_for_int8_training_simulation(model, args, ["0"])[0]).__name__
         'QLinear'
     """
-    for name, module in model.named_modules():  # before any weight is rounded in place
-        chosen = isinstance(module, nn.Linear) and name.rpartition(".")[2] in target_module
-        if chosen and not module.weight.isfinite().all():
-            raise ValueError(f"{name} cannot be converted: its weight is not finite")
     options = (args.weight_bits, args.weight_group_size, args.stochastic_round)
-    convert_named(model, target_module, lambda _, linear: QLinear.from_linear(linear, *options))
+    convert_named(model, target_module, lambda name, linear: QLinear.from_linear(linear, *options, name))
+    hook_parameters(model)
     return model
