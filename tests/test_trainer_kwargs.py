@@ -138,6 +138,23 @@ def test_settings_of_galore_in_args_mean_what_they_meant(tmp_path: Path) -> None
     assert (group["rank"], group["update_proj_gap"], group["scale"], len(group["params"])) == (4, 100, 2.0, 6)
 
 
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        ([r".*.attn.*", r".*.mlp.*"], 14),
+        ([r"model\.layers\.1\..*", "0.mlp"], 10),
+        ("all_linear", 14),
+        (r".*\.q_proj", 2),
+    ],
+    ids=str,
+)
+def test_target_modules_of_galore_in_args_mean_what_they_meant(targets: Any, count: int, tmp_path: Path) -> None:
+    """The lists of expressions in the Trainer's own examples matched nothing here."""
+    args = arguments(tmp_path, optim="galore_adamw", optim_target_modules=targets, optim_args="rank=4")
+    groups = trainer_kwargs(llama(), args)["optimizer_cls_and_kwargs"][1]["params"]
+    assert sum(len(group["params"]) for group in groups if group.get("rank")) == count
+
+
 def test_optim_args_reach_constructor_and_groups_as_numbers() -> None:
     model = int8(llama())
     text = "update_proj_gap=20, quant_n_bit=8, betas=(0.9, 0.95), weight_decay=0.1, rank=8, norm_growth_limit=None"

@@ -92,7 +92,7 @@ def trainer_kwargs(
     if args is not None:
         _refuse_args(args, model)
         _warn_of_loss(args, model)
-        target_modules = _one_of(target_modules, args, "optim_target_modules")
+        target_modules = _pattern(_one_of(target_modules, args, "optim_target_modules"))
         given.update(_from_args(args, given))
     elif "lr" not in given:
         raise ValueError("lr must be given where args is not: the Trainer hands no learning_rate to this optimizer")
@@ -147,6 +147,16 @@ def _one_of(given: Any, args: Any, name: str, spelt: str = "target_modules") -> 
     if given is not None and own is not None and own != given:
         raise ValueError(f"{spelt}={given!r} and args.{name}={own!r} differ: give one of them")
     return own if given is None else given
+
+
+def _pattern(targets: Any) -> Any:
+    """What the Trainer takes beyond prepare_model: all_linear, and regular expressions in a list of substrings."""
+    if isinstance(targets, str):
+        return "all-linear" if targets == "all_linear" else targets
+    strings = isinstance(targets, (list, tuple)) and all(isinstance(part, str) for part in targets)
+    if not strings or all(re.fullmatch(r"[\w.-]*", part) for part in targets):
+        return targets  # as it was given, for messages
+    return "|".join(f".*{re.escape(part)}.*|(?:{part})" for part in targets)
 
 
 def _merged(given: dict[str, Any], parsed: dict[str, Any]) -> dict[str, Any]:
