@@ -17,13 +17,13 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from transformers import Trainer
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification, Trainer
 
 import q_galore_torch as qg
 from q_galore_torch.integrations import transformers as integration
 from q_galore_torch.integrations.transformers import parse_optim_args, trainer_kwargs
 from q_galore_torch.utils.quantization import prepare_model_for_int8_training
-from trainer_support import RANK, arguments, bert, int8, llama, roberta
+from trainer_support import RANK, SHAPE, arguments, bert, int8, llama, roberta
 
 
 def made(model: Any, args: Any = None, **options: Any) -> dict[str, Any]:
@@ -177,12 +177,18 @@ def test_optim_args_are_parsed(text: str, parsed: dict[str, Any]) -> None:
     assert parse_optim_args(text) == parsed
 
 
+def classifier(kind: Any) -> Any:
+    return kind(LlamaConfig(vocab_size=96, pad_token_id=0, **SHAPE))
+
+
 @pytest.mark.parametrize(
     ("network", "steps", "accepts", "warned"),
     [
         (bert, 4, None, True),
         (roberta, 4, None, True),
         (llama, 4, None, False),
+        (lambda: classifier(LlamaForSequenceClassification), 4, None, True),
+        (lambda: classifier(LlamaForTokenClassification), 4, None, True),
         (bert, 1, None, False),
         (bert, 4, False, False),
         (bert, 4, True, False),

@@ -31,6 +31,8 @@ _NAMES_IN_ARGS = {
     "betas": ("adam_beta1", "adam_beta2"),
     "eps": ("adam_epsilon",),
 }
+# The losses of transformers that are not given num_items_in_batch, or take no notice of it.
+_CLASSIFIERS = ("ForSequenceClassificationLoss", "ForTokenClassification")
 _CONSTANTS = {"True": True, "False": False, "None": None}
 # What args.optim may ask for beside its default: GaLore's own names mean what is done here.
 _GALORE = ("galore_adamw", "galore_adamw_8bit")
@@ -219,7 +221,8 @@ def _warn_of_loss(args: Any, model: nn.Module) -> None:
     inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's takes any
     forward = inspect.unwrap(type(inner).forward)
     keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
-    mean = "loss_function" in getattr(getattr(forward, "__code__", None), "co_names", ())  # which divides
+    mean = "loss_function" in getattr(getattr(forward, "__code__", None), "co_names", ())  # which divides,
+    mean = mean and getattr(getattr(inner, "loss_function", None), "__name__", "") not in _CLASSIFIERS  # but for these
     if args.gradient_accumulation_steps > 1 and keywords and not mean and not hasattr(inner, "accepts_loss_kwargs"):
         _log.warning(
             "%s seems to ignore num_items_in_batch: its loss and gradients would be %d times too large with "
