@@ -90,6 +90,8 @@ def load_model(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     shards, aliases = metadata.get("shards"), metadata.get("aliases")
     if not isinstance(shards, dict) or not isinstance(aliases, dict) or not shards.keys() >= set(files.values()):
         raise ValueError(f"{path / INDEX} is damaged: it does not list its shards")
+    if not all(isinstance(entry, dict) and entry.keys() >= {"size", "sha256"} for entry in shards.values()):
+        raise ValueError(f"{path / INDEX} is damaged: it does not tell size and checksum of its shards")
     check_files(path, shards)
     loading = _Loading(model, ShardReader(path, files), aliases)
     loading.check_finite()
@@ -204,6 +206,10 @@ class _Loading:
 
     def _is_new(self, name: str, tensor: Tensor, source: str) -> bool:
         """Whether a tensor has no write yet; one that is tied has one only, from one entry."""
+        if any(size > 1 and not step for size, step in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(f"{name} cannot be loaded: it is expanded, so that its elements share memory")
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{name} cannot be loaded: it was made under torch.inference_mode")
         first, its_source = self._sources.setdefault(place(name, tensor), (name, source))
         if its_source != source:
             raise ValueError(f"{first} and {name} are one tensor in the model and two in the checkpoint")

@@ -141,6 +141,9 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], most: int, met
         sync_folder(folder)  # the shards' names are on the disk before the index that tells of them
         os.replace(index, folder / INDEX)
     except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            if mark.encode() in (folder / INDEX).read_bytes():  # an interrupt, just after the index was replaced
+                raise
         for path in [folder / name for name in names]:
             for leftover in (path, _temporary(path), index):
                 with contextlib.suppress(OSError):
@@ -195,10 +198,11 @@ def _temporary(path: Path) -> Path:
 def _pieces(tensor: Tensor) -> Iterator[Any]:
     """A tensor's bytes in row-major order, some MB at a time where they must be copied."""
     if not tensor.is_contiguous() and tensor.nbytes > _PIECE:
-        for part in tensor:
+        rows = len(tensor) * _PIECE // tensor.nbytes  # 0 where one alone is longer
+        for part in tensor.split(rows) if rows else tensor:
             yield from _pieces(part)
         return
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    flat = tensor.contiguous().resolve_conj().reshape(-1).view(torch.uint8)
     for begin in range(0, flat.numel(), _PIECE):
         yield flat[begin : begin + _PIECE].cpu().numpy()
 

@@ -135,6 +135,26 @@ def test_long_tensors_are_written_in_pieces(tmp_path: Path, monkeypatch: pytest.
     assert all(torch.equal(found[name], tensor) for name, tensor in model.named_buffers())
 
 
+@pytest.mark.parametrize("shape", [(4000,), (1000, 2), (1, 4000)], ids=str)
+def test_pieces_of_strided_tensors_are_not_single_rows(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column of 4 million numbers, or many rows of few, took half a minute when each row was a piece."""
+    monkeypatch.setattr(shards, "_PIECE", 1000)
+    values = torch.randn(*shape, 2, generator=torch.Generator().manual_seed(0))[..., 0]
+    pieces = list(shards._pieces(values))
+    assert b"".join(piece.tobytes() for piece in pieces) == values.numpy().tobytes()
+    assert len(pieces) <= values.nbytes // 1000 + 2
+
+
+def test_conjugate_view_is_saved_by_value(tmp_path: Path) -> None:
+    model, other = nn.Module(), nn.Module()
+    values = torch.randn(5, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    model.register_buffer("a", values.conj())
+    other.register_buffer("a", torch.zeros_like(values))
+    qg.save_model(model, tmp_path)
+    qg.load_model(other, tmp_path)
+    assert torch.equal(other.a, values.conj())
+
+
 def test_codes_are_decoded_into_a_float_model(tmp_path: Path) -> None:
     """Into an unprepared model and into a prepared float one, in each dtype: export_model's weights."""
     saved = make("int8", 1)
@@ -317,6 +337,21 @@ MISFITS: list[tuple[str, Callable[[nn.Module], object], Callable[[nn.Module], ob
         r"^attn\.weight of the checkpoint is not finite: it cannot be quantised$",
     ),
 ]
+
+
+@pytest.mark.parametrize("kind", ["expanded", "inference_mode"])
+def test_model_that_cannot_be_written_is_unchanged(kind: str, tmp_path: Path) -> None:
+    """These came up as errors of torch's when the entries before them had been written."""
+    qg.save_model(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)), tmp_path)
+    with torch.inference_mode(kind == "inference_mode"):
+        last = nn.Linear(3, 3)
+    if kind == "expanded":
+        last.weight = nn.Parameter(torch.zeros(3, 1).expand(3, 3))
+    model = nn.Sequential(nn.Linear(4, 3), last)
+    before = frozen_copy(model)
+    with pytest.raises(ValueError, match=rf"^1\.weight cannot be loaded: it .*{kind}"):
+        qg.load_model(model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def infinite() -> nn.Linear:

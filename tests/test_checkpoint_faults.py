@@ -145,6 +145,26 @@ def test_killed_writer_leaves_a_whole_checkpoint(
     assert {file.name for file in tmp_path.iterdir()} == {INDEX, *index["metadata"]["shards"]}
 
 
+def test_interrupt_after_the_index_was_replaced_leaves_the_new_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the rename is raised just after it, when the new shards are the only ones that count: they stay."""
+    save(make(1), tmp_path)
+    real = os.replace
+
+    def interrupted(source: Any, target: Any) -> None:
+        real(source, target)
+        if Path(target).name == INDEX:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", interrupted)
+        save(make(2), tmp_path)
+    assert is_equal(loaded(tmp_path), make(2))
+    save(make(3), tmp_path)
+    assert is_equal(loaded(tmp_path), make(3)) and len(list(tmp_path.iterdir())) == 4
+
+
 def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     for name in ("config.json", "tokenizer.model", "model-00001-of-00002.safetensors"):
         (tmp_path / name).write_text(name)
@@ -199,6 +219,11 @@ def misdirect(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(content))
 
 
+def no_sizes(folder: Path) -> None:
+    names = json.loads((folder / INDEX).read_text())["metadata"]["shards"]
+    change_index(shards=dict.fromkeys(names, 5))(folder)
+
+
 def escape(folder: Path) -> None:
     content = json.loads((folder / INDEX).read_text())
     content["weight_map"]["0.bias"] = "../" + one_shard(folder).name
@@ -225,6 +250,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "outside": (escape, ValueError, f"{INDEX} is damaged: it is not the index of a checkpoint$"),
     "no shards": (change_index(shards={}), ValueError, f"{INDEX} is damaged: it does not list its shards$"),
     "no aliases": (change_index(aliases=None), ValueError, f"{INDEX} is damaged: it does not list its shards$"),
+    "no sizes": (no_sizes, ValueError, f"{INDEX} is damaged: it does not tell size and checksum of its shards$"),
     "other shard": (misdirect, ValueError, r"safetensors is damaged or truncated, or lacks [\w.]+: "),
     "version": (change_index(format_version=2), ValueError, "has format version 2, this package reads 1$"),
     "format": (change_index(format="pt"), ValueError, "was not written by save_model"),

@@ -114,6 +114,17 @@ def test_bfloat16_reader_rounds_the_scales(tmp_path: Path) -> None:
         assert torch.equal(exact(TOKENS).logits, qg.export_model(in_float32)(TOKENS).logits)
 
 
+def test_config_says_the_models_dtype(tmp_path: Path) -> None:
+    """A model of bfloat16 that was cast to train: its readers rounded the scales and what stayed float."""
+    model = llama(torch.bfloat16).float()
+    torch.nn.init.uniform_(model.model.norm.weight)
+    assert model.config.dtype == torch.bfloat16
+    export_compressed(model, tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.float32 and model.config.dtype == torch.bfloat16
+    assert torch.equal(loaded.model.norm.weight, model.model.norm.weight)
+
+
 def test_layer_of_narrow_groups_is_written_as_floats(tmp_path: Path) -> None:
     """Rows of 344 = 8 * 43 weights have groups of 8 at most."""
     model = llama(intermediate_size=344)
@@ -204,6 +215,17 @@ def test_model_without_int8_layers_is_refused(options: dict[str, Any], tmp_path:
     ):
         export_compressed(llama(**options), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_refused_generation_config_leaves_the_old_export(tmp_path: Path) -> None:
+    """config.json had been replaced by then, and spoke of other groups than the weights."""
+    model = llama()
+    export_compressed(model, tmp_path, group_size=32)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model.generation_config.temperature = 0.5
+    with pytest.raises(ValueError, match="`do_sample` is not set to `True`"):
+        export_compressed(model, tmp_path, group_size=64)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_model_without_a_config_is_refused(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ pytest.importorskip("accelerate")
 pytest.importorskip("lightning")
 
 from accelerate.state import AcceleratorState
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 import q_galore_torch as qg
-from trainer_support import bert, sentences
+from trainer_support import bert, int8, sentences, texts
 
 PAGE = (Path(__file__).parents[1] / "docs" / "huggingface.md").read_text()
 
@@ -54,6 +54,16 @@ def test_trainer_of_the_page_trains_resumes_and_exports(tmp_path: Path) -> None:
 
 
 IMPORTS = "".join(line for line in code_of("One line")[0].splitlines(True) if "import" in line)
+
+
+def test_seq2seq_trainer_of_the_page_trains() -> None:
+    """It takes no optimizer_cls_and_kwargs, of which the page said nothing."""
+    config = T5Config(vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    names: dict[str, Any] = {"model": int8(T5ForConditionalGeneration(config)), "dataset": texts(8)}
+    exec(IMPORTS + code_of("One line")[2], names)
+    names["trainer"].train()
+    assert {entry["step"] for entry in names["trainer"].optimizer.optimizer.telemetry()} == {3}
+    assert names["trainer"].predict(texts(2), max_length=4).predictions.shape[0] == 2
 
 
 def test_float_model_of_the_page_trains() -> None:

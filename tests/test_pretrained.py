@@ -324,6 +324,14 @@ def test_quantised_model_is_refused(tmp_path: Path) -> None:
         ours(tmp_path, rank=4, config=config)
 
 
+def test_prepared_models_files_are_refused(tmp_path: Path) -> None:
+    """Its linear layers were newly initialised, with a warning."""
+    saved("llama", tmp_path / "float")
+    ours(tmp_path / "float", rank=4).save_pretrained(tmp_path / "int8")
+    with pytest.raises(ValueError, match="int8 was saved from a prepared model: prepare a model and give these files"):
+        ours(tmp_path / "int8", rank=4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -334,6 +342,7 @@ def test_quantised_model_is_refused(tmp_path: Path) -> None:
         ({"auto_class": nn.Linear}, r"^auto_class must be a model class of transformers or its name, got <class"),
         ({"dtype": "int8"}, r"^dtype must be 'auto' or a float dtype of torch, got 'int8'$"),
         ({"dtype": "no"}, r"^dtype must be 'auto' or a float dtype of torch, got 'no'$"),
+        ({"config": "llama"}, r"^config must be one of transformers, got 'llama'$"),
         ({"initialize": print}, r"^initialize is not an option here: the values come from the files$"),
         ({"target_modules": ["nothing"]}, r"^target_modules=\['nothing'\] matches no nn\.Linear"),
         ({"rank": 0}, r"^rank must be an integer >= 1, got 0$"),

@@ -17,13 +17,13 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from transformers import Trainer
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaForTokenClassification, Trainer
 
 import q_galore_torch as qg
 from q_galore_torch.integrations import transformers as integration
 from q_galore_torch.integrations.transformers import parse_optim_args, trainer_kwargs
 from q_galore_torch.utils.quantization import prepare_model_for_int8_training
-from trainer_support import RANK, arguments, bert, int8, llama, roberta
+from trainer_support import RANK, SHAPE, arguments, bert, int8, llama, roberta
 
 
 def made(model: Any, args: Any = None, **options: Any) -> dict[str, Any]:
@@ -138,6 +138,23 @@ def test_settings_of_galore_in_args_mean_what_they_meant(tmp_path: Path) -> None
     assert (group["rank"], group["update_proj_gap"], group["scale"], len(group["params"])) == (4, 100, 2.0, 6)
 
 
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        ([r".*.attn.*", r".*.mlp.*"], 14),
+        ([r"model\.layers\.1\..*", "0.mlp"], 10),
+        ("all_linear", 14),
+        (r".*\.q_proj", 2),
+    ],
+    ids=str,
+)
+def test_target_modules_of_galore_in_args_mean_what_they_meant(targets: Any, count: int, tmp_path: Path) -> None:
+    """The lists of expressions in the Trainer's own examples matched nothing here."""
+    args = arguments(tmp_path, optim="galore_adamw", optim_target_modules=targets, optim_args="rank=4")
+    groups = trainer_kwargs(llama(), args)["optimizer_cls_and_kwargs"][1]["params"]
+    assert sum(len(group["params"]) for group in groups if group.get("rank")) == count
+
+
 def test_optim_args_reach_constructor_and_groups_as_numbers() -> None:
     model = int8(llama())
     text = "update_proj_gap=20, quant_n_bit=8, betas=(0.9, 0.95), weight_decay=0.1, rank=8, norm_growth_limit=None"
@@ -160,12 +177,18 @@ def test_optim_args_are_parsed(text: str, parsed: dict[str, Any]) -> None:
     assert parse_optim_args(text) == parsed
 
 
+def classifier(kind: Any) -> Any:
+    return kind(LlamaConfig(vocab_size=96, pad_token_id=0, **SHAPE))
+
+
 @pytest.mark.parametrize(
     ("network", "steps", "accepts", "warned"),
     [
         (bert, 4, None, True),
         (roberta, 4, None, True),
         (llama, 4, None, False),
+        (lambda: classifier(LlamaForSequenceClassification), 4, None, True),
+        (lambda: classifier(LlamaForTokenClassification), 4, None, True),
         (bert, 1, None, False),
         (bert, 4, False, False),
         (bert, 4, True, False),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from q_galore_torch.nn.leaf import ZeroLeaf
 from q_galore_torch.nn.linear import QGaLoreLinear
 from q_galore_torch.shards import distinct, parse_size, refuse_others, sync_folder, write_checkpoint, write_file
 
@@ -168,10 +169,12 @@ def _quantization_config(quantised: dict[str, int], ignored: list[str]) -> dict[
 def _write_config(model: Any, folder: Path, quantization: dict[str, Any]) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    # As save_pretrained does: what the config says may be of before model.float().
+    config.dtype = next((p.dtype for p in model.parameters() if not isinstance(p, ZeroLeaf)), config.dtype)
     config.quantization_config = quantization
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)  # which refuses contradictions
     temporary = folder / ".config.json.tmp"
     write_file(temporary, [config.to_json_string().encode()])
     os.replace(temporary, folder / "config.json")
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
     sync_folder(folder)

@@ -53,8 +53,8 @@ def from_pretrained(
         ImportError: transformers 5 is not installed.
         FileNotFoundError: there is no folder, or no safetensors file in it.
         ValueError: a file is damaged, an entry has another shape than in the model, tied weights differ in the files,
-            the files are quantised already or in a form that transformers converts (merged experts), or an option is
-            wrong.
+            the files are a prepared model's, quantised already or in a form that transformers converts (merged
+            experts), or an option is wrong.
 
     Example:
         >>> from q_galore_torch.integrations.pretrained import from_pretrained
@@ -64,8 +64,14 @@ def from_pretrained(
     path = Path(folder)
     reader = ShardReader(path, _files(path))
     config = copy.deepcopy(config) if config is not None else transformers.AutoConfig.from_pretrained(path)
+    if not isinstance(config, transformers.PretrainedConfig):
+        raise ValueError(f"config must be one of transformers, got {config!r}")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{path} is quantised already: a model of floats is needed")
+    if any(name.endswith("qweight") and name.removesuffix("qweight") + "zeros" in reader for name in reader):
+        raise ValueError(
+            f"{path} was saved from a prepared model: prepare a model and give these files to its load_state_dict"
+        )
     model = _meta_model(transformers, config, auto_class, _dtype(dtype, config, reader))
     if "initialize" in options:
         raise ValueError("initialize is not an option here: the values come from the files")

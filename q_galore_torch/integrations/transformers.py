@@ -31,6 +31,8 @@ _NAMES_IN_ARGS = {
     "betas": ("adam_beta1", "adam_beta2"),
     "eps": ("adam_epsilon",),
 }
+# The losses of transformers that are not given num_items_in_batch, or take no notice of it.
+_CLASSIFIERS = ("ForSequenceClassificationLoss", "ForTokenClassification")
 _CONSTANTS = {"True": True, "False": False, "None": None}
 # What args.optim may ask for beside its default: GaLore's own names mean what is done here.
 _GALORE = ("galore_adamw", "galore_adamw_8bit")
@@ -92,7 +94,7 @@ def trainer_kwargs(
     if args is not None:
         _refuse_args(args, model)
         _warn_of_loss(args, model)
-        target_modules = _one_of(target_modules, args, "optim_target_modules")
+        target_modules = _pattern(_one_of(target_modules, args, "optim_target_modules"))
         given.update(_from_args(args, given))
     elif "lr" not in given:
         raise ValueError("lr must be given where args is not: the Trainer hands no learning_rate to this optimizer")
@@ -147,6 +149,16 @@ def _one_of(given: Any, args: Any, name: str, spelt: str = "target_modules") -> 
     if given is not None and own is not None and own != given:
         raise ValueError(f"{spelt}={given!r} and args.{name}={own!r} differ: give one of them")
     return own if given is None else given
+
+
+def _pattern(targets: Any) -> Any:
+    """What the Trainer takes beyond prepare_model: all_linear, and regular expressions in a list of substrings."""
+    if isinstance(targets, str):
+        return "all-linear" if targets == "all_linear" else targets
+    strings = isinstance(targets, (list, tuple)) and all(isinstance(part, str) for part in targets)
+    if not strings or all(re.fullmatch(r"[\w.-]*", part) for part in targets):
+        return targets  # as it was given, for messages
+    return "|".join(f".*{re.escape(part)}.*|(?:{part})" for part in targets)
 
 
 def _merged(given: dict[str, Any], parsed: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +221,8 @@ def _warn_of_loss(args: Any, model: nn.Module) -> None:
     inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's takes any
     forward = inspect.unwrap(type(inner).forward)
     keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
-    mean = "loss_function" in getattr(getattr(forward, "__code__", None), "co_names", ())  # which divides
+    mean = "loss_function" in getattr(getattr(forward, "__code__", None), "co_names", ())  # which divides,
+    mean = mean and getattr(getattr(inner, "loss_function", None), "__name__", "") not in _CLASSIFIERS  # but for these
     if args.gradient_accumulation_steps > 1 and keywords and not mean and not hasattr(inner, "accepts_loss_kwargs"):
         _log.warning(
             "%s seems to ignore num_items_in_batch: its loss and gradients would be %d times too large with "
