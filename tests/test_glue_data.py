@@ -141,6 +141,30 @@ def test_own_csv_keeps_lines_inside_quotes(tmp_path: Path) -> None:
     assert load(**files).train.texts == (["two\nlines", "b"],)
 
 
+@pytest.mark.parametrize("letter", ["\x0b", "\x85", "\u2028"])
+def test_own_csv_rows_end_at_line_feeds_alone(tmp_path: Path, letter: str) -> None:
+    files = own_files(tmp_path, f"sentence,label\na{letter}b,0\nc,1\n", "sentence,label\r\nd,1\r\n", ".csv")
+    texts = load(**files)
+    assert texts.train.texts == ([f"a{letter}b", "c"],) and texts.validation[""].labels == [1]
+
+
+def test_tsv_texts_may_hold_a_carriage_return(tmp_path: Path) -> None:
+    files = own_files(tmp_path, "sentence\tlabel\r\na\rb\t0\r\nc\t1\r\n", "sentence\tlabel\nd\t0\n", ".tsv")
+    assert load(**files).train.texts == (["a\rb", "c"],)
+
+
+def test_own_json_may_name_its_columns_in_another_order(tmp_path: Path) -> None:
+    rows = '{"a": "x", "b": "z", "label": 0}\n{"a": "y", "b": "z", "label": 1}\n'
+    texts = load(**own_files(tmp_path, rows, '{"label": 1, "b": "v", "a": "u"}\n', ".jsonl"))
+    assert texts.validation[""].texts == (["u"], ["v"])
+
+
+@pytest.mark.parametrize("rows", ["x,+1\ny,-1\n", "x,+1 \ny,-1 \n"])
+def test_own_labels_with_signs_and_spaces_are_classes(tmp_path: Path, rows: str) -> None:
+    texts = load(**own_files(tmp_path, "text,label\n" + rows, "text,label\nz,+1\n", ".csv"))
+    assert texts.labels == ("-1", "+1") and texts.train.labels == [1, 0] and texts.validation[""].labels == [1]
+
+
 def test_own_files_with_decimal_labels_are_a_regression(tmp_path: Path) -> None:
     texts = load(**own_files(tmp_path, "sentence,label\na,1\nb,0.5\n", "sentence,label\nc,2\n", ".csv"))
     assert texts.labels == () and texts.metrics == ("pearson", "spearmanr")
@@ -201,6 +225,17 @@ def test_own_training_rows_can_be_fewer(tmp_path: Path) -> None:
         ("[1]", "[1]", ".json", "must hold objects"),
         ('{"a": "x", "label": 0}\n{"b": "x", "label": 0}', "", ".jsonl", "other keys than the first one .a, label."),
         ('{"a": null, "label": 0}\n{"a": "x", "label": 1}', '{"a": "x", "label": 1}', ".jsonl", "a row without text"),
+        (
+            '{"a": "x", "label": null}\n{"a": "x", "label": 1}',
+            '{"a": "x", "label": 1}',
+            ".jsonl",
+            "a row without a label",
+        ),
+        ("a,label\nx,\ny,1\n", "a,label\nx,1\n", ".csv", "the column label has a row without a label"),
+        ("a,label\nx,nan\ny,0.5\n", "a,label\nx,1\n", ".csv", "the label 'nan' is no number"),
+        ('{"a": "x", "label": Infinity}', '{"a": "x", "label": 1}', ".jsonl", "the label inf is no number"),
+        ("a,label\n" + "x" * 200_000 + ",0\n", "a,label\nx,0\n", ".csv", "train.csv is not CSV: field larger"),
+        ("[" * 100_000, "[]", ".json", "train.json is not JSON"),
     ],
 )
 def test_own_files_that_do_not_fit_are_refused(

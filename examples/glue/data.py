@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +165,7 @@ def _from_files(args: argparse.Namespace) -> Texts:
     rows = {name: read_rows(Path(getattr(args, name))) for name in ("train_file", "validation_file")}
     names = list(rows["train_file"][0])
     where = f"{args.train_file} and {args.validation_file}"
-    if list(rows["validation_file"][0]) != names:
+    if set(rows["validation_file"][0]) != set(names):
         raise UsageError(f"{where} have different columns: {', '.join(names)} and {_names(rows['validation_file'])}")
     if args.task_name is not None:
         task = TASKS[args.task_name]
@@ -172,7 +174,7 @@ def _from_files(args: argparse.Namespace) -> Texts:
     if "label" not in names:
         raise UsageError(f"{args.train_file} has no column label, only {', '.join(names)}")
     columns = _text_columns(names, args.train_file)
-    labels = {name: [row["label"] for row in part] for name, part in rows.items()}
+    labels = {name: _labels(part, "label", where) for name, part in rows.items()}
     if _are_numbers(labels["train_file"]):
         classes, numbers = (), {name: [_number(value, where) for value in part] for name, part in labels.items()}
     else:
@@ -214,10 +216,17 @@ def _task_split(rows: list[Row], columns: Sequence[str | int], label: str | int,
         raise UsageError(f"{where} lacks the column {label}: there are {_names(rows)}")
     if not rows:
         raise UsageError(f"{where} has no rows for training or none for validation")
-    values = [row[label] for row in rows]
+    values = _labels(rows, label, where)
     if not task.labels:
         return Split(_columns(rows, columns, where), [_number(value, where) for value in values])
     return Split(_columns(rows, columns, where), _classified([str(value) for value in values], task.labels, where))
+
+
+def _labels(rows: list[Row], label: str | int, where: str) -> list[Any]:
+    values = [row[label].strip() if isinstance(row[label], str) else row[label] for row in rows]
+    if any(value is None or value == "" for value in values):
+        raise UsageError(f"{where}: the column {label} has a row without a label")
+    return values
 
 
 def _classified(values: list[str], classes: tuple[str, ...], where: str) -> list[int]:
@@ -231,7 +240,11 @@ def _classified(values: list[str], classes: tuple[str, ...], where: str) -> list
 
 
 def _all_digits(classes: tuple[str, ...]) -> bool:
-    return all(name.lstrip("-").isdigit() for name in classes)
+    return all(map(_is_whole, classes))
+
+
+def _is_whole(text: str) -> bool:
+    return re.fullmatch("[+-]?[0-9]+", text) is not None
 
 
 def _sorted_classes(labels: list[Any]) -> tuple[str, ...]:
@@ -250,11 +263,14 @@ def _are_numbers(labels: list[Any]) -> bool:
             float(value)
     except (TypeError, ValueError):
         return False
-    return any(isinstance(value, float) or not str(value).lstrip("-").isdigit() for value in labels)
+    return any(isinstance(value, float) or not _is_whole(str(value)) for value in labels)
 
 
 def _number(value: Any, where: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise UsageError(f"{where}: the label {value!r} is no number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"{where}: the label {value!r} is no number")
+    return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ def read_rows(path: Path) -> list[Row]:
     if path.suffix in (".json", ".jsonl"):
         rows = _json_rows(path, text)
     else:
-        first, *rest = _cells(text, path.suffix == ".csv") or [[]]
+        try:
+            first, *rest = _cells(text, path.suffix == ".csv") or [[]]
+        except csv.Error as error:
+            raise UsageError(f"{path} is not CSV: {error}") from None
         rows = [dict(zip(first, cells, strict=False)) for cells in rest]
         for number, cells in enumerate(rest, start=2):
             if len(cells) != len(first):
@@ -60,7 +64,7 @@ def read_table(path: Path, header: bool) -> tuple[list[Row], int]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")  # not read_text: a carriage return alone ends no row
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -68,9 +72,9 @@ def _text(path: Path) -> str:
 
 
 def _cells(text: str, quoted: bool) -> list[list[str]]:
+    # Never splitlines: a text may hold one of the other line ends of Unicode.
     if quoted:
-        return [row for row in csv.reader(text.splitlines(keepends=True)) if row]
-    # Not splitlines: a text may hold one of the other line ends of Unicode.
+        return [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     return [line.rstrip("\r").split("\t") for line in text.split("\n") if line.strip("\r")]
 
 
@@ -80,7 +84,7 @@ def _json_rows(path: Path, text: str) -> list[Row]:
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path} must hold objects such as {{'sentence': ..., 'label': ...}}")
