@@ -13,7 +13,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "examples")]
 from glue.data import load_texts  # noqa: E402
 from glue.flags import parse_flags  # noqa: E402
-from glue.train import FineTuning, TrainingFailed  # noqa: E402
+from glue.train import FineTuning, TrainingFailed, position_counts  # noqa: E402
 from glue_support import write_glue, write_model, write_sentences  # noqa: E402
 from pretrain.errors import UsageError  # noqa: E402
 from pretrain_support import one_thread  # noqa: E402, F401 - a fixture
@@ -163,6 +163,41 @@ def test_model_that_knows_the_classes_keeps_their_order(sentences: list[str], tm
     assert training.model.config.label2id == {"bad": 1, "good": 0}
     wanted = [1 - int(label) for label in training.texts.train.labels]
     assert training.train_rows.labels.tolist() == wanted
+
+
+def test_model_of_another_kind_of_task_can_be_taken_further(sentences: list[str], tmp_path: Path) -> None:
+    rows = [{"text": word, "label": value} for word, value in (("happy", 1.5), ("sad", -1.5))]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    numbers = ["--train_file", str(tmp_path / "a.json"), "--validation_file", str(tmp_path / "a.json")]
+    name = write_model(tmp_path / "model")
+    for number, files in enumerate((numbers, sentences, numbers)):
+        flags = ["--model_name_or_path", name, *files, *QUICK, "--max_train_steps", "1", "--ignore_mismatched_sizes"]
+        name = str(tmp_path / str(number))
+        run(parse_flags([*flags, "--output_dir", name]))
+        kind = json.loads((tmp_path / str(number) / "config.json").read_text())["problem_type"]
+        assert kind == ("single_label_classification" if files is sentences else "regression")
+
+
+@pytest.mark.parametrize("pad", [[], ["--pad_to_max_length"]])
+def test_rows_are_no_longer_than_the_model_has_positions(model: str, tmp_path: Path, pad: list[str]) -> None:
+    rows = [{"text": "happy " * 50, "label": 0}, {"text": "sad", "label": 1}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    files = ["--train_file", str(tmp_path / "a.json"), "--validation_file", str(tmp_path / "a.json")]
+    training = tuning("--model_name_or_path", model, *files, *QUICK, "--max_length", "128", *pad)
+    training._update([0, 1])
+    assert training._batch(training.train_rows, [0])["input_ids"].shape == (1, 32)
+    assert training._batch(training.train_rows, [1])["input_ids"].shape == (1, 32 if pad else 3)
+
+
+def test_positions_of_roberta_are_counted_behind_its_padding() -> None:
+    config = transformers.RobertaConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+        max_position_embeddings=34, pad_token_id=1,
+    )  # fmt: skip
+    model = transformers.RobertaForSequenceClassification(config)
+    (count,) = position_counts(model)
+    assert count == 32
+    model(input_ids=torch.full((1, count), 5))
 
 
 def test_output_folder_has_results(model: str, sentences: list[str], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -77,10 +77,13 @@ class FineTuning:
                 ) from None
             sentence = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"cannot load --model_name_or_path {args.model_name_or_path}: {sentence}") from None
+        # A model that was fine-tuned before says what its labels were then.
+        self.model.config.problem_type = "single_label_classification" if texts.labels else "regression"
         self._name_classes()
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.longest = min(args.max_length, self.tokenizer.model_max_length, *position_counts(self.model))
         self.model.to(args.torch_device)
         self.optimizer: Optimizer = build_optimizer(self.model, args, seed)
         self.method = method_name(args, self.optimizer)
@@ -105,16 +108,15 @@ class FineTuning:
         config.label2id = {name: number for number, name in config.id2label.items()}
 
     def _encode(self, split: Split) -> Encoded:
-        longest = min(self.args.max_length, self.tokenizer.model_max_length)
-        encoded = self.tokenizer(*split.texts, truncation=True, max_length=longest)
+        encoded = self.tokenizer(*split.texts, truncation=True, max_length=self.longest)
         rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
         if not self.texts.labels:
             return Encoded(rows, torch.tensor(split.labels, dtype=torch.float32))
         return Encoded(rows, torch.tensor([self.order[int(label)] for label in split.labels]))
 
     def _batch(self, data: Encoded, numbers: list[int]) -> Batch:
-        """Rows padded to the longest of them, or to --max_length."""
-        pad = {"padding": "max_length", "max_length": self.args.max_length} if self.args.pad_to_max_length else {}
+        """Rows padded to the longest of them, or to the most that a row may have."""
+        pad = {"padding": "max_length", "max_length": self.longest} if self.args.pad_to_max_length else {}
         batch = self.tokenizer.pad([data.rows[i] for i in numbers], return_tensors="pt", **(pad or {"padding": True}))
         batch["labels"] = data.labels[numbers]
         return {name: value.to(self.args.torch_device) for name, value in batch.items()}
@@ -214,6 +216,14 @@ class FineTuning:
         model: Any = qg.export_model(self.model) if self.args.weight_quant else self.model
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+
+def position_counts(model: nn.Module) -> list[int]:
+    """How many tokens the model has learned positions for, of each table of positions."""
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    tables = [m for m in tables if isinstance(m, nn.Embedding)]
+    # RoBERTa counts from behind the padding token's position.
+    return [m.num_embeddings - (0 if m.padding_idx is None else m.padding_idx + 1) for m in tables]
 
 
 def projector_bytes(optimizer: Optimizer) -> int:
