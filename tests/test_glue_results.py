@@ -13,10 +13,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "
 from glue.results import append_run, markdown, read_runs, summarize, write_tables  # noqa: E402
 
 
-def record(method: str, seed: int, accuracy: float, data: str = "spam") -> dict[str, Any]:
+def record(method: str, seed: int, accuracy: float, data: str = "spam", texts: str = "0") -> dict[str, Any]:
     sizes = {"optimizer_state_bytes": 2**21, "projector_bytes": 2**10, "weight_bytes": 2**22}
     return {"method": method, "seed": seed, "data": data, "metrics": {"accuracy": accuracy}, "updates": 5,
-            "seconds": 2.0 * seed, "setting": {"method": method, "data": data}, **sizes}  # fmt: skip
+            "seconds": 2.0 * seed, "setting": {"method": method, "data": data, "texts": texts}, **sizes}  # fmt: skip
 
 
 def test_results_have_mean_and_sample_deviation() -> None:
@@ -49,6 +49,14 @@ def test_results_of_two_data_sets_are_two_tables(tmp_path: Path) -> None:
     write_tables(tmp_path)
     text = (tmp_path / "results.md").read_text()
     assert text.count("| --- |") == 2 and len(json.loads((tmp_path / "results.json").read_text())) == 2
+
+
+def test_results_of_files_of_one_name_are_two_tables(tmp_path: Path) -> None:
+    append_run(tmp_path, record("A", 1, 0.5))
+    append_run(tmp_path, record("B", 1, 0.5, texts="1") | {"metrics": {"pearson": 0.25}})
+    write_tables(tmp_path)
+    tables = (tmp_path / "results.md").read_text().split("\n\n")
+    assert [("| A |" in table, "| B | 0.2500 |" in table) for table in tables] == [(True, False), (False, True)]
 
 
 def test_results_pass_over_a_torn_line(tmp_path: Path) -> None:

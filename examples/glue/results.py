@@ -91,9 +91,9 @@ def _spread(values: list[float]) -> Record:
 
 def _by_data(rows: list[Record]) -> list[list[Record]]:
     """Rows of one table each: what was trained and judged on the same texts."""
-    tables: dict[str, list[Record]] = {}
+    tables: dict[tuple[str, ...], list[Record]] = {}
     for row in rows:
-        tables.setdefault(row["data"], []).append(row)
+        tables.setdefault((row["data"], row["setting"]["texts"], *row["metrics"]), []).append(row)
     return list(tables.values())
 
 
