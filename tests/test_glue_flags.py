@@ -60,6 +60,8 @@ def test_flags_of_several_seeds_are_kept_once_each() -> None:
         ([*BASE, "--train_file", "a.txt", "--validation_file", "b.csv"], "a.txt must end in .tsv, .csv, .json, .jsonl"),
         ([*BASE, "--seed", "1", "--seeds", "2"], "give --seed or --seeds, not both"),
         ([*BASE, "--seeds", "-1"], "--seeds must be at least 0, got -1"),
+        ([*BASE, "--seed", str(2**32)], "--seed must be below 4294967296, got 4294967296"),
+        ([*BASE, "--seeds", "1", str(2**64)], "--seeds must be below 4294967296, got 18446744073709551616"),
         ([*BASE, "--learning_rate", "0"], "--learning_rate must be above 0, got 0.0"),
         ([*BASE, "--learning_rate", "nan"], "--learning_rate must be above 0, got nan"),
         ([*BASE, "--max_length", "2"], "--max_length must be at least 3, got 2"),

@@ -135,3 +135,9 @@ def test_method_without_a_layer_to_project_is_refused() -> None:
     model = nn.ModuleDict({"first": nn.Linear(2, 2)})
     with pytest.raises(UsageError, match="no linear layer of the model matches the known names; there are first"):
         build_optimizer(model, parse_flags(GALORE), seed=0)
+
+
+def test_method_target_that_names_no_layer_is_refused() -> None:
+    model = nn.ModuleDict({"query": nn.Linear(2, 2)})
+    with pytest.raises(UsageError, match="matches --target_modules kee vlue; there are query"):
+        target_modules(model, parse_flags([*BASE, "--enable_galore", "--target_modules", "query", "kee", "vlue"]))

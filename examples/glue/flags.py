@@ -68,8 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_dir", metavar="FOLDER", help="GLUE's files, with the folders CoLA, MRPC, ... or one of these itself")
     add("--train_file", metavar="FILE", help="training rows")
     add("--validation_file", metavar="FILE", help="validation rows")
-    add("--max_length", type=int, default=128, help="tokens of a row; longer ones are cut (default 128)")
-    add("--pad_to_max_length", action="store_true", help="pad to --max_length, not to the longest row of a batch")
+    add("--max_length", type=int, default=128, help="most tokens of a row, as far as the model goes (default 128)")
+    add("--pad_to_max_length", action="store_true", help="pad to that length, not to the longest row of a batch")
     add("--max_train_samples", type=int, help="use the first training rows only")
 
     add = parser.add_argument_group("model").add_argument
@@ -163,6 +163,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
             continue
         if not math.isfinite(value) or value < lowest or (value == lowest and not allowed):
             raise UsageError(f"--{flag} must be {'at least' if allowed else 'above'} {lowest}, got {value}")
+        if flag in ("seed", "seeds") and value >= 2**32:
+            raise UsageError(f"--{flag} must be below {2**32}, got {value}")
     if not math.isfinite(args.galore_scale):
         raise UsageError(f"--galore_scale must be finite, got {args.galore_scale}")
 

@@ -52,14 +52,19 @@ def target_modules(model: nn.Module, args: argparse.Namespace) -> list[str]:
     """Parts of the names of the layers to project.
 
     Raises:
-        UsageError: No linear layer has such a name.
+        UsageError: No linear layer has such a name, or one that --target_modules gives.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    families = [args.target_modules] if args.target_modules else [TARGETS[i][args.lora_all_modules] for i in range(3)]
-    for parts in families:
-        if any(part in name for name in names for part in parts):
-            return list(parts)
-    given = "--target_modules" if args.target_modules else "the known names"
+    given = "the known names"
+    if args.target_modules:
+        unknown = [part for part in args.target_modules if not any(part in name for name in names)]
+        if not unknown:
+            return list(args.target_modules)
+        given = f"--target_modules {' '.join(unknown)}"
+    else:
+        for parts in (family[args.lora_all_modules] for family in TARGETS):
+            if any(part in name for name in names for part in parts):
+                return list(parts)
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     raise UsageError(f"no linear layer of the model matches {given}; there are {shown} (--target_modules chooses)")
 
