@@ -118,6 +118,33 @@ def test_method_targets_are_those_of_the_models_family(
 
 
 @pytest.mark.parametrize(
+    ("kind", "sizes", "count"),
+    [
+        ("Albert", {"embedding_size": 8}, 6),
+        ("Bart", {"encoder_layers": 1, "decoder_layers": 1}, 16),
+        ("Bert", {}, 12),
+        ("DistilBert", {}, 12),
+        ("Llama", {}, 14),
+        ("MPNet", {}, 12),
+        ("OPT", {"word_embed_proj_dim": 16}, 12),
+        ("Roberta", {}, 12),
+    ],
+)
+def test_method_projects_all_matrices_of_attention_and_mlp(kind: str, sizes: dict[str, int], count: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    common = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9, "pad_token_id": 0}
+    if kind == "Bart":  # which takes one number of layers only
+        common = {name: value for name, value in common.items() if name != "num_hidden_layers"}
+    config = getattr(transformers, f"{kind}Config")(**common, **sizes)
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    targets = target_modules(model, parse_flags([*BASE, "--enable_galore", "--lora_all_modules"]))
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert sum(any(part in name for part in targets) for name in names) == count
+    assert not any(part in name for part in targets for name in names if "classif" in name or "pooler" in name)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--proj_format", "int4", "--quantize_type", "8bit"], "proj_format and quantize_type describe"),

@@ -22,11 +22,15 @@ import q_galore_torch as qg
 from pretrain.errors import UsageError
 
 # Parts of the names of linear layers that are projected: those of queries and values alone, and all of attention and
-# MLP. The first family that has one of a model's layers is taken: BERT and its kin, LLaMA and its kin, DistilBERT.
+# MLP. The family that has most of a model's layers is taken: BERT and its kin, LLaMA and its kin, DistilBERT, ALBERT,
+# MPNet, OPT and BART.
 TARGETS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("query",), ("query", "key", "value", "intermediate.dense", "output.dense")),
     (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")),
     (("q_lin", "v_lin"), ("q_lin", "k_lin", "v_lin", "out_lin", "ffn.lin1", "ffn.lin2")),
+    (("query",), ("query", "key", "value", "attention.dense", "ffn")),
+    (("attention.attn.q",), ("attention.attn.", "intermediate.dense", "output.dense")),
+    (("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "attn.out_proj", "fc1", "fc2")),
 )
 FORMAT_FLAGS = (
     "proj_format", "proj_block", "proj_quantize_type", "proj_quantize_blocksz", "quantize_type", "quantize_blocksz"
@@ -62,9 +66,10 @@ def target_modules(model: nn.Module, args: argparse.Namespace) -> list[str]:
             return list(args.target_modules)
         given = f"--target_modules {' '.join(unknown)}"
     else:
-        for parts in (family[args.lora_all_modules] for family in TARGETS):
-            if any(part in name for name in names for part in parts):
-                return list(parts)
+        families = [family[args.lora_all_modules] for family in TARGETS]
+        counts = [sum(any(part in name for part in parts) for name in names) for parts in families]
+        if any(counts):
+            return list(families[counts.index(max(counts))])
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     raise UsageError(f"no linear layer of the model matches {given}; there are {shown} (--target_modules chooses)")
 
