@@ -90,6 +90,14 @@ def test_method_has_every_parameter_once(flags: list[str]) -> None:
     assert sorted(held) == sorted(id(p) for p in model.parameters())
 
 
+def test_method_has_a_shared_weight_once() -> None:
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("query", "key")})
+    model["key"].weight = model["query"].weight
+    optimizer = build_optimizer(model, parse_flags(GALORE), seed=0)
+    sizes = [len(group["params"]) for group in optimizer.param_groups if group["rank"] is not None]
+    assert sizes == [1] and sum(len(group["params"]) for group in optimizer.param_groups) == 3
+
+
 def test_method_with_int8_weights_converts_the_matrices_alone() -> None:
     model = small_model()
     optimizer = build_optimizer(model, parse_flags([*GALORE, "--weight_quant"]), seed=0)

@@ -165,6 +165,15 @@ def test_model_that_knows_the_classes_keeps_their_order(sentences: list[str], tm
     assert training.train_rows.labels.tolist() == wanted
 
 
+def test_classes_that_differ_in_case_stay_apart(tmp_path: Path) -> None:
+    name = write_model(tmp_path, id2label={0: "Yes", 1: "yes"}, label2id={"Yes": 0, "yes": 1})
+    (tmp_path / "a.csv").write_text("text,label\nhappy,Yes\nsad,yes\n")
+    files = ["--train_file", str(tmp_path / "a.csv"), "--validation_file", str(tmp_path / "a.csv")]
+    training = tuning("--model_name_or_path", name, *files)
+    assert training.train_rows.labels.tolist() == [0, 1]
+    assert training.model.config.label2id == {"Yes": 0, "yes": 1}
+
+
 def test_model_of_another_kind_of_task_can_be_taken_further(sentences: list[str], tmp_path: Path) -> None:
     rows = [{"text": word, "label": value} for word, value in (("happy", 1.5), ("sad", -1.5))]
     (tmp_path / "a.json").write_text(json.dumps(rows))

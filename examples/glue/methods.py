@@ -91,13 +91,13 @@ def _block(size: int) -> str:
 
 def _galore(model: nn.Module, args: argparse.Namespace, targets: list[str], seed: int) -> Optimizer:
     """GaLore as published, but for the format of its projector."""
-    matrices = [
-        (f"{name}.weight", module.weight)
+    layers = {
+        f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(part in name for part in targets)
-    ]
-    chosen = {id(weight) for _, weight in matrices}
-    rest = [(name, parameter) for name, parameter in _trained(model) if id(parameter) not in chosen]
+    }
+    matrices = [pair for pair in _trained(model) if pair[0] in layers]  # a weight that two layers share once
+    rest = [pair for pair in _trained(model) if pair[0] not in layers]
     projected = {"params": matrices, "rank": args.lora_r, "proj_type": args.proj_type, **_projection(args, "svd")}
     groups = [*_with_decay(rest, args), {**projected, "lazy_rule": "fixed"}]
     return qg.QGaLoreAdamW8bit(groups, lr=args.learning_rate, moments_dtype="float32", seed=seed)

@@ -102,7 +102,7 @@ class FineTuning:
         if not names:
             return
         known = {str(name).lower(): number for name, number in (config.label2id or {}).items()}
-        if known.keys() == {name.lower() for name in names}:
+        if len(known) == len(names) and known.keys() == {name.lower() for name in names}:
             self.order = [known[name.lower()] for name in names]
         config.id2label = {number: name for name, number in zip(names, self.order, strict=True)}
         config.label2id = {name: number for number, name in config.id2label.items()}
