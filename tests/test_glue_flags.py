@@ -108,6 +108,15 @@ def test_command_help_and_a_bad_flag() -> None:
         assert done.stdout.startswith("usage: run_glue.py") if code == 0 else done.stderr.count("\n") == 1
 
 
+def test_command_without_the_extra_says_what_to_install() -> None:
+    hidden = "import sys; sys.modules.update(dict.fromkeys(['tqdm', 'transformers'])); import run_glue; "
+    for flags, code, words in ((["--help"], 0, "Exit codes"), (BASE, 2, "pip install 'q-galore-torch[hf]'")):
+        command = [sys.executable, "-c", f"{hidden}sys.exit(run_glue.main({flags!r}))"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=EXAMPLES)
+        assert done.returncode == code and words in done.stdout + done.stderr, done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_help_names_every_flag_that_is_supported() -> None:
     text = build_parser().format_help()
     derived = ("all_seeds", "rows_per_update", "torch_device")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 import q_galore_torch as qg
 from pretrain.errors import UsageError
@@ -139,6 +138,8 @@ class FineTuning:
         Raises:
             TrainingFailed: The loss or a gradient is no longer a number.
         """
+        from tqdm import tqdm  # which transformers brings
+
         torch.manual_seed(self.seed)  # dropout, whatever was drawn since the model was made
         self.model.train()
         losses: list[float] = []
