@@ -96,7 +96,7 @@ def read_spam(path: Path) -> Rows:
 
 
 def read_polarity(path: Path) -> Rows:
-    """Label and text in quotes."""
+    """Text and label in quotes."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         return [(text.strip(), label) for label, text in csv.reader(file)]
 
