@@ -73,6 +73,11 @@ def test_all_linear_asks_the_model_for_its_head() -> None:
     assert "layers.1.mlp.2" not in converted(model) and "lm_head" in converted(model)
 
 
+def test_all_linear_of_a_head_alone_says_that_it_is_left_out() -> None:
+    with pytest.raises(ValueError, match="'all-linear' matches no nn.Linear of the model besides its output layer$"):
+        qg.prepare_model(nn.Sequential(nn.Linear(8, 8)), 4, "all-linear")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -234,7 +234,8 @@ def _targets(model: nn.Module, target_modules: Sequence[str] | str) -> dict[str,
             "%d layers that target_modules matches are of type %s, not nn.Linear: left as they are", count, kind
         )
     if not targets:
-        raise ValueError(f"target_modules={target_modules!r} matches no nn.Linear of the model")
+        besides = "" if target_modules != _ALL or head is None else " besides its output layer"
+        raise ValueError(f"target_modules={target_modules!r} matches no nn.Linear of the model{besides}")
     return targets
 
 
