@@ -263,6 +263,14 @@ def test_run_of_a_loss_that_is_no_number_fails(
     assert "run_glue.py: the loss is nan" in capsys.readouterr().err
 
 
+def test_run_whose_last_update_breaks_the_model_fails(
+    model: str, sentences: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model_name_or_path", model, *sentences, "--device", "cpu", "--max_train_steps", "1"]
+    assert main([*flags, "--learning_rate", "1e30"]) == 1
+    assert "a model without finite outputs" in capsys.readouterr().err
+
+
 def test_model_that_is_not_there_is_refused(
     sentences: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ Batch = dict[str, Tensor]
 
 
 class TrainingFailed(Exception):
-    """The run cannot go on: the loss or a gradient is no longer a number."""
+    """The run cannot go on: the loss, a gradient or an output is no longer a number."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class FineTuning:
             of the updates.
 
         Raises:
-            TrainingFailed: The loss or a gradient is no longer a number.
+            TrainingFailed: The loss, a gradient or an output is no longer a number.
         """
         from tqdm import tqdm  # which transformers brings
 
@@ -195,6 +195,8 @@ class FineTuning:
         for start in range(0, len(data), size):
             numbers = by_length[start : start + size]
             logits = self.model(**self._batch(data, numbers)).logits
+            if not logits.isfinite().all():
+                raise TrainingFailed("the last update left a model without finite outputs; see --learning_rate")
             values = logits.argmax(dim=-1) if self.texts.labels else logits[:, 0]
             for number, value in zip(numbers, values.tolist(), strict=True):
                 found[number] = value
