@@ -10,6 +10,7 @@ import collections
 import functools
 import gc
 import os
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, settings
 
 import emulated
 from elsewhere import CPU_ONLY, Elsewhere, on_cpu
+from q_galore_torch.nn import leaf
 
 # Sums of a GEMM depend on the thread count: the same everywhere, so that a failure is one everywhere.
 THREADS = min(2, os.cpu_count() or 1)
@@ -81,6 +83,12 @@ def _same_start_for_every_test():
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
     assert torch.is_grad_enabled(), "the test left gradients switched off"
+
+
+@pytest.fixture
+def own_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer of zeros for this test's leaves alone: that of other tests' models may be longer."""
+    monkeypatch.setattr(leaf, "_buffers", weakref.WeakValueDictionary())
 
 
 @pytest.fixture

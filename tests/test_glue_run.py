@@ -49,6 +49,7 @@ def test_run_learns(model: str, sentences: list[str], method: list[str]) -> None
     assert record["updates"] == 40 and record["train_loss"] < 0.4
 
 
+@pytest.mark.usefixtures("own_zeros")
 def test_run_of_galore_keeps_fewer_bytes_than_adamw(model: str, sentences: list[str]) -> None:
     kinds = [[], GALORE, [*GALORE, "--proj_format", "int4"], [*GALORE, "--proj_format", "int4", "--weight_quant"]]
     flags = ["--model_name_or_path", model, *sentences, *QUICK, "--max_train_steps", "1"]

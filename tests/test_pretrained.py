@@ -246,6 +246,7 @@ def test_model_trains_saves_and_exports(tmp_path: Path) -> None:
         ours(tmp_path / "codes", rank=4)
 
 
+@pytest.mark.usefixtures("own_zeros")
 def test_floats_of_one_layer_exist_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above what stays float: the largest layer and what is read of it, whatever the number of layers."""
     above = []
