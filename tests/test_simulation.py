@@ -267,7 +267,7 @@ def test_weight_answers_the_public_attributes(change: str) -> None:
     assert (weight.group_size, weight.stochastic_round) == (128, False)
     weight.stochastic_round = True
     assert model[0].stochastic_round
-    with pytest.raises(ValueError, match="stochastic_round of a simulated INT8 weight must be True or False, got 1"):
+    with pytest.raises(ValueError, match="stochastic_round of an INT8 weight must be True or False, got 1"):
         weight.stochastic_round = 1
     with pytest.raises(ValueError, match="is 128 and cannot be changed, got 64: make a new layer"):
         weight.group_size = 64

@@ -7,11 +7,10 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
-from pretrain.errors import UsageError
+from pretrain.errors import Parser, UsageError
 from q_galore_torch import ops
 
 from .files import SUFFIXES
@@ -47,16 +46,9 @@ Exit codes: 0 finished; 1 the training failed; 2 bad flags, missing files or pac
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that complains in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All flags; names, meanings and defaults of the original script are kept, ours are added."""
-    parser = _Parser(
+    parser = Parser(
         prog="run_glue.py",
         description="Fine-tune a model on a GLUE task with AdamW, GaLore or Q-GaLore.",
         epilog=EPILOG,

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 from types import ModuleType
+from typing import NoReturn
 
 
 class UsageError(Exception):
     """A flag, a file or a missing package that the user can put right; the message is one sentence."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that complains in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 def import_optional(module: str, needed_for: str, install: str) -> ModuleType:

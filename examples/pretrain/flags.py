@@ -10,13 +10,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from q_galore_torch import ops
 
-from .errors import UsageError
+from .errors import Parser, UsageError
 from .optimizers import OPTIMIZERS, PLAIN, PROJECTED, QUANTISED
 from .processes import read_environment
 from .schedules import SCHEDULERS
@@ -57,16 +57,9 @@ SIGTERM, after saving a checkpoint at the end of the running update.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that complains in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All flags; names and meanings of the public script are kept, ours are added."""
-    parser = _Parser(
+    parser = Parser(
         prog="run_pretrain.py",
         description="Pretrain a LLaMA with Q-GaLore or an optimizer to compare it with.",
         epilog=EPILOG,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from q_galore_torch.nn.linear import QGaLoreLinear
+    from q_galore_torch.nn.simulate import QLinear
 
 
 class BackwardHook:
@@ -74,17 +75,47 @@ def hook_parameters(model: nn.Module) -> None:
             parameter.__class__ = HookedParameter
 
 
-class OldNames(BackwardHook):
-    """What an INT8 weight answers under the public code's attribute names; mixed into a leaf.
+class CodeNames(BackwardHook):
+    """What an INT8 weight answers, and the float weight of a layer that simulates one; mixed into a parameter.
+
+    Attributes:
+        group_size: consecutive elements of the row-major weight that share a scale; cannot be changed.
+        stochastic_round: default True; False rounds this weight's updates to nearest, as a group's option does.
+        backward_hook: default None. Stays over ``.to()``, is not copied by ``deepcopy``.
+    """
+
+    def _layer(self) -> QGaLoreLinear | QLinear:
+        raise NotImplementedError
+
+    @property
+    def group_size(self) -> int:
+        """See the class."""
+        return self._layer().group_size
+
+    @group_size.setter
+    def group_size(self, value: int) -> None:
+        _keep("group_size", self.group_size, value)
+
+    @property
+    def stochastic_round(self) -> bool:
+        """See the class."""
+        return self._layer().stochastic_round
+
+    @stochastic_round.setter
+    def stochastic_round(self, value: bool) -> None:
+        if not isinstance(value, bool):
+            raise ValueError(f"stochastic_round of an INT8 weight must be True or False, got {value!r}")
+        self._layer().stochastic_round = value
+
+
+class OldNames(CodeNames):
+    """What an INT8 weight answers under the public code's attribute names beside those of :class:`CodeNames`.
 
     Attributes:
         scales: float32 [groups]. Assigning writes into the layer's buffer.
         zeros: int16 [groups]. Assigning writes into the layer's buffer.
-        group_size: consecutive elements of the row-major weight that share a scale; cannot be changed.
         saved_data_dtype: of the codes, ``torch.uint8``; cannot be changed.
-        stochastic_round: default True; False rounds this weight's updates to nearest, as a group's option does.
         float_grad: the gradient, ``.grad`` by its old name.
-        backward_hook: default None. Stays over ``.to()``, is not copied by ``deepcopy``.
     """
 
     grad: Tensor | None
@@ -111,15 +142,6 @@ class OldNames(BackwardHook):
         _write("zeros", self._layer().zeros, value)
 
     @property
-    def group_size(self) -> int:
-        """See the class."""
-        return self._layer().group_size
-
-    @group_size.setter
-    def group_size(self, value: int) -> None:
-        _keep("group_size", self.group_size, value)
-
-    @property
     def saved_data_dtype(self) -> torch.dtype:
         """See the class."""
         return self._layer().qweight.dtype
@@ -127,17 +149,6 @@ class OldNames(BackwardHook):
     @saved_data_dtype.setter
     def saved_data_dtype(self, value: torch.dtype) -> None:
         _keep("saved_data_dtype", self.saved_data_dtype, value)
-
-    @property
-    def stochastic_round(self) -> bool:
-        """See the class."""
-        return self._layer().stochastic_round
-
-    @stochastic_round.setter
-    def stochastic_round(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            raise ValueError(f"stochastic_round of an INT8 weight must be True or False, got {value!r}")
-        self._layer().stochastic_round = value
 
     @property
     def float_grad(self) -> Tensor | None:

@@ -13,50 +13,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from q_galore_torch import ops
 from q_galore_torch.nn.linear import check_layer_options
-from q_galore_torch.nn.old_names import HookedParameter
+from q_galore_torch.nn.old_names import CodeNames, HookedParameter
 
 # Beside the weights and not on them: torch drops the attributes of a Parameter that is copied. By weak references, or
 # a weight would keep its layer and with it itself alive.
 _layers = WeakTensorKeyDictionary()
 
 
-class GridWeight(HookedParameter):
-    """The float weight of a :class:`QLinear`, which answers what the public code hangs on it.
-
-    Attributes:
-        group_size: the layer's; cannot be changed.
-        stochastic_round: the layer's.
-    """
+class GridWeight(CodeNames, HookedParameter):
+    """The float weight of a :class:`QLinear`."""
 
     def _layer(self) -> QLinear:
         layer = simulated(self)
         if layer is None:
             raise AttributeError("this parameter is not the weight of a QLinear any more")
         return layer
-
-    @property
-    def group_size(self) -> int:
-        """See the class."""
-        return self._layer().group_size
-
-    @group_size.setter
-    def group_size(self, value: int) -> None:
-        if value != self.group_size:
-            raise ValueError(
-                f"group_size of this simulated INT8 weight is {self.group_size} and cannot be changed, got {value!r}: "
-                "make a new layer"
-            )
-
-    @property
-    def stochastic_round(self) -> bool:
-        """See the class."""
-        return self._layer().stochastic_round
-
-    @stochastic_round.setter
-    def stochastic_round(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            raise ValueError(f"stochastic_round of a simulated INT8 weight must be True or False, got {value!r}")
-        self._layer().stochastic_round = value
 
 
 class QLinear(nn.Linear):
