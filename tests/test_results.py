@@ -13,6 +13,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
+import glue_runs  # noqa: E402
 import pretrain_standin  # noqa: E402
 
 PAGES = [ROOT / "docs" / name for name in ("results.md", "simulation.md")]
@@ -59,6 +60,21 @@ def test_tables_are_those_of_the_raw_results() -> None:
     for row in simulated:
         cells = f"| {row['dtype']} | {row['offset']:g} | {row['farthest']} | {row['differ_after_1']:.2%} |"
         assert cells in page("simulation.md")
+
+
+def test_tables_of_fine_tuning_are_those_of_the_raw_results() -> None:
+    records = list(glue_runs.read_log(glue_runs.LOG).values())
+    short = {
+        row[0].removesuffix(", INT8 weights") + row[1]: row for row in rows() if row[0].startswith(("GaLore", "Q-"))
+    }
+    for column, data in enumerate(glue_runs.READERS, start=2):
+        table = glue_runs.table(records, data)
+        assert table in page("glue.md")
+        for line in table.splitlines()[3:]:  # below AdamW's
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            method, projector = cells[0].split(", ")[0], cells[0].split(", ")[-1].removesuffix(" projector")
+            row = short[method + projector]
+            assert (row[column], row[4]) == (cells[3], cells[4]), cells[0]
 
 
 def test_standin_repeats_no_run_and_lists_every_method(tmp_path: Path) -> None:
