@@ -134,43 +134,68 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _fit(entries: dict[str, Any], model: nn.Module) -> list[tuple[QGaLoreLinear | QLinear, bool]]:
     """Make a file's entries those of the model's state dict, in place; gives the layers' ``stochastic_round``."""
-    layers = {
+    layers: dict[str, QGaLoreLinear | QLinear] = {
         f"{name}." if name else "": module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QLinear) or (isinstance(module, QGaLoreLinear) and module.weight_bits is not None)
     }
     own = model.state_dict()
-    names = [key.removesuffix("weight") for key in entries if key.rpartition(".")[2] == "weight"]
-    public = [prefix for prefix in names if public_weights.is_public(entries, prefix)]
+    public = [prefix for prefix in _prefixes(entries, "weight") if public_weights.is_public(entries, prefix)]
     rounding = {prefix: public_weights.convert(entries, prefix) for prefix in public}
-    for prefix in [key.removesuffix("qweight") for key in entries if key.rpartition(".")[2] == "qweight"]:
-        _check_codes(entries, prefix)
-        if prefix in layers and int(entries[f"{prefix}group_size"]) != layers[prefix].group_size:
-            need, got = layers[prefix].group_size, int(entries[f"{prefix}group_size"])
-            raise ValueError(f"{prefix}group_size must be {need}, as in this layer, got {got}")
-        if not isinstance(layers.get(prefix), QGaLoreLinear):
-            grid = {f"{prefix}{key}": entries[f"{prefix}{key}"].to(dtype) for key, dtype in _GRID.items()}
-            entries[f"{prefix}weight"] = public_weights.decoded(entries, prefix)
-            entries.update(grid if prefix in layers else {})
-    for prefix, layer in layers.items():
-        weight = entries.get(f"{prefix}weight")
-        kept = isinstance(layer, QLinear) and any(f"{prefix}{key}" in entries for key in _GRID)
-        if not isinstance(weight, Tensor) or kept:
-            continue
-        _check_shape(f"{prefix}weight", weight, (layer.out_features, layer.in_features))
-        if not weight.isfinite().all():
-            raise ValueError(f"{prefix}weight must be finite to be quantised")
-        if isinstance(layer, QLinear):
-            add_grid(entries, prefix, layer.group_size)
-            continue
-        del entries[f"{prefix}weight"]
-        parts = ops.int8_quantize(weight.detach().contiguous(), layer.group_size)
-        entries.update({prefix + key: part for key, part in zip(_CODES, parts, strict=True)})
-        entries[f"{prefix}group_size"] = own[f"{prefix}group_size"]
-    for prefix in [key.removesuffix("weight") for key in entries if key.rpartition(".")[2] == "weight"]:
-        if all(getattr(entries.get(f"{prefix}{key}"), "dtype", None) == dtype for key, dtype in _GRID.items()):
-            for key in [f"{prefix}{key}" for key in _GRID if f"{prefix}{key}" not in own]:
-                del entries[key]  # of a simulated layer, whose weight lies on this grid
+    for prefix in _prefixes(entries, "qweight"):
+        _take_codes(entries, prefix, layers.get(prefix))
+    for prefix in _prefixes(entries, "weight"):
+        _take_floats(entries, prefix, layers.get(prefix), own)
+    _match(entries, own)
+    return [(layers[prefix], value) for prefix, value in rounding.items() if prefix in layers]
+
+
+def _prefixes(entries: dict[str, Any], last: str) -> list[str]:
+    return [key.removesuffix(last) for key in entries if key.rpartition(".")[2] == last]
+
+
+def _take_codes(entries: dict[str, Any], prefix: str, layer: QGaLoreLinear | QLinear | None) -> None:
+    """Codes as they are for an INT8 layer, decoded and with their grid for a simulated one, decoded for any other."""
+    _check_codes(entries, prefix)
+    size = int(entries[f"{prefix}group_size"])
+    if layer is not None and size != layer.group_size:
+        raise ValueError(f"{prefix}group_size must be {layer.group_size}, as in this layer, got {size}")
+    if isinstance(layer, QGaLoreLinear):
+        return
+    grid = {f"{prefix}{key}": entries[f"{prefix}{key}"].to(dtype) for key, dtype in _GRID.items()}
+    entries[f"{prefix}weight"] = public_weights.decoded(entries, prefix)
+    if layer is not None:
+        entries.update(grid)
+
+
+def _take_floats(
+    entries: dict[str, Any], prefix: str, layer: QGaLoreLinear | QLinear | None, own: dict[str, Any]
+) -> None:
+    """A float weight quantised for an INT8 layer; for a simulated one with a grid, which no other layer has."""
+    weight, grid = entries[f"{prefix}weight"], [f"{prefix}{key}" for key in _GRID]
+    if isinstance(layer, QLinear) and any(key in entries for key in grid):
+        return
+    if layer is None:
+        if [getattr(entries.get(key), "dtype", None) for key in grid] == list(_GRID.values()):
+            for key in [key for key in grid if key not in own]:
+                del entries[key]
+        return
+    if not isinstance(weight, Tensor):
+        return
+    _check_shape(f"{prefix}weight", weight, (layer.out_features, layer.in_features))
+    if not weight.isfinite().all():
+        raise ValueError(f"{prefix}weight must be finite to be quantised")
+    if isinstance(layer, QLinear):
+        add_grid(entries, prefix, layer.group_size)
+        return
+    del entries[f"{prefix}weight"]
+    parts = ops.int8_quantize(weight.detach().contiguous(), layer.group_size)
+    entries.update({prefix + key: part for key, part in zip(_CODES, parts, strict=True)})
+    entries[f"{prefix}group_size"] = torch.tensor(layer.group_size, device="cpu")
+
+
+def _match(entries: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise ValueError where entries and the model's differ in name or shape; what is computed now is left out."""
     for key in [key for key in entries if key.endswith(_COMPUTED) and key not in own]:
         del entries[key]
     for kind, keys in (("lacks", own.keys() - entries.keys()), ("alone has", entries.keys() - own.keys())):
@@ -179,7 +204,6 @@ def _fit(entries: dict[str, Any], model: nn.Module) -> list[tuple[QGaLoreLinear 
     for key, value in own.items():
         if isinstance(value, Tensor):
             _check_shape(key, entries[key], tuple(value.shape))
-    return [(layers[prefix], value) for prefix, value in rounding.items() if prefix in layers]
 
 
 def _check_codes(entries: dict[str, Any], prefix: str) -> None:
