@@ -253,6 +253,19 @@ def read_index(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     return files, metadata
 
 
+def names_in(path: Path) -> list[str]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated: {error}") from None
+
+
 def check_files(folder: Path, expected: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise where a shard is missing or not as it was written.
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 pytest.importorskip("accelerate")
@@ -16,25 +15,8 @@ pytest.importorskip("accelerate")
 import accelerate
 from accelerate.state import AcceleratorState
 
-import q_galore_torch as qg
+from loop_support import BATCHES, loss_of, network, optimizer_of
 from test_state import differences
-
-BATCHES = [torch.randn(8, 32, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32), nn.LayerNorm(32))
-    return qg.prepare_model(model, rank=4, target_modules="0|2")
-
-
-def optimizer_of(model: nn.Module) -> qg.QGaLoreAdamW8bit:
-    groups = qg.param_groups(model, update_proj_gap=2)
-    return qg.QGaLoreAdamW8bit(groups, lr=0.01, min_8bit_size=0)  # small moments are 8-bit, too
-
-
-def loss_of(model: Any, batch: torch.Tensor) -> torch.Tensor:
-    return (model(batch) - batch.flip(0)).square().mean()
 
 
 class Run:

@@ -99,8 +99,7 @@ def _galore(model: nn.Module, args: argparse.Namespace, targets: list[str], seed
     matrices = [pair for pair in _trained(model) if pair[0] in layers]  # a weight that two layers share once
     rest = [pair for pair in _trained(model) if pair[0] not in layers]
     projected = {"params": matrices, "rank": args.lora_r, "proj_type": args.proj_type, **_projection(args, "svd")}
-    groups = [*_with_decay(rest, args), {**projected, "lazy_rule": "fixed"}]
-    return qg.QGaLoreAdamW8bit(groups, lr=args.learning_rate, moments_dtype="float32", seed=seed)
+    return qg.GaLoreAdamW([*_with_decay(rest, args), projected], lr=args.learning_rate, eps=1e-8, seed=seed)
 
 
 def _q_galore(model: nn.Module, args: argparse.Namespace, targets: list[str], seed: int) -> Optimizer:

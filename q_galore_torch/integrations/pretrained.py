@@ -7,8 +7,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from q_galore_torch.nn.convert import prepare_model
-from q_galore_torch.shards import INDEX, SINGLE, ShardReader, read_index, some
+from q_galore_torch.shards import INDEX, SINGLE, ShardReader, names_in, read_index, some
 
 _log = logging.getLogger(__name__)
 
@@ -101,8 +100,7 @@ def _files(folder: Path) -> dict[str, str]:
             f"{folder} is not a folder (a model of the hub is fetched with huggingface_hub.snapshot_download)"
         )
     if (folder / SINGLE).is_file():
-        with _one_file(folder) as names:
-            return dict.fromkeys(names, SINGLE)
+        return dict.fromkeys(names_in(folder / SINGLE), SINGLE)
     if (folder / INDEX).is_file():
         files, metadata = read_index(folder)
         if metadata.get("format") == "q_galore_torch":
@@ -114,17 +112,6 @@ def _files(folder: Path) -> dict[str, str]:
             "from_pretrained and save_pretrained"
         )
     raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}")
-
-
-@contextmanager
-def _one_file(folder: Path) -> Iterator[Iterable[str]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / SINGLE, framework="pt") as file:
-            yield file.keys()
-    except SafetensorError as error:
-        raise ValueError(f"{folder / SINGLE} is damaged or truncated: {error}") from None
 
 
 def _dtype(given: torch.dtype | str, config: Any, reader: ShardReader) -> torch.dtype:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from q_galore_torch.nn.public_weights import are_scales, are_zeros
+
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
@@ -170,9 +172,9 @@ def _write(name: str, own: Tensor, value: Any) -> None:
         return  # nothing to copy: the values come with the layer's own
     value = value.detach().reshape(own.shape)
     if name == "scales":
-        if not bool((value.isfinite() & (value > 0)).all()):
+        if not are_scales(value):
             raise ValueError("scales of an INT8 weight must be finite and > 0")
-    elif not bool(((value == value.round()) & (value.abs() < 2**15)).all()):
+    elif not are_zeros(value):
         raise ValueError("zeros of an INT8 weight must be integers that int16 holds")
     with torch.no_grad():
         own.copy_(value)

@@ -50,9 +50,9 @@ def convert(state_dict: dict[str, Any], prefix: str) -> bool:
         raise ValueError(f"group_size of {name} must be an integer >= 1, got {group_size}")
     groups = (weight.numel() + group_size - 1) // group_size
     scales, zeros = (_flat(state_dict[prefix + key], f"{prefix}{key}", groups) for key in ("scales", "zeros"))
-    if not bool(((scales > 0) & scales.isfinite()).all()):
+    if not are_scales(scales):
         raise ValueError(f"{prefix}scales must be finite and > 0")
-    if not bool(((zeros == zeros.round()) & (zeros.abs() <= _LARGEST_ZERO)).all()):
+    if not are_zeros(zeros):
         raise ValueError(f"{prefix}zeros must be integers of at most {_LARGEST_ZERO} in magnitude")
     stochastic_round = state_dict.get(prefix + "stochastic_round", True)
     for key in ("weight", *_NEEDED, *_ATTRIBUTES):
@@ -61,6 +61,16 @@ def convert(state_dict: dict[str, Any], prefix: str) -> bool:
     state_dict[prefix + "scales"], state_dict[prefix + "zeros"] = scales, zeros.to(torch.int16)
     state_dict[prefix + "group_size"] = torch.tensor(group_size, device="cpu")
     return bool(stochastic_round)
+
+
+def are_scales(values: Tensor) -> bool:
+    """Whether numbers can be the scales of an INT8 weight."""
+    return bool(((values > 0) & values.isfinite()).all())
+
+
+def are_zeros(values: Tensor) -> bool:
+    """Whether numbers can be the zero points of an INT8 weight."""
+    return bool(((values == values.round()) & (values.abs() <= _LARGEST_ZERO)).all())
 
 
 def decoded(state_dict: dict[str, Any], prefix: str) -> Tensor:
